@@ -1,0 +1,32 @@
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+export JAX_PLATFORMS ?= cpu
+
+.PHONY: demo test test-full lint clean
+
+demo: .venv/base
+	$(BIN)/zamba2 demo
+
+test: lint
+	$(BIN)/pytest -n 2
+
+test-full: lint
+	$(BIN)/pytest -n 2 -m ""
+
+lint: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/base: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(INSTALL) .
+	touch $@
+
+.venv/dev: .venv/base
+	$(INSTALL) '.[dev,parity,notebooks]'
+	touch $@
+
+clean:
+	rm -rf .venv demo-output .mypy_cache .pytest_cache .ruff_cache

@@ -1,0 +1,157 @@
+"""The Mamba2 block (arXiv:2405.21060, section 7) and the layer around it."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.nn.initializers import normal, ones
+
+from zamba2_jax.config import GATED_NORM_EPS, Zamba2Config
+from zamba2_jax.model.cache import MambaState
+from zamba2_jax.model.parameter import (
+    Rngs,
+    bias,
+    inverse_softplus_log_uniform,
+    log_one_to_n,
+    norm_scale,
+    optional_bias,
+    param,
+    value,
+)
+from zamba2_jax.model.tap import Tap, no_tap, scoped
+from zamba2_jax.ops.conv import causal_conv1d, causal_conv1d_step
+from zamba2_jax.ops.linear import linear
+from zamba2_jax.ops.norm import gated_rms_norm, rms_norm
+from zamba2_jax.ops.ssd import Implementation, ssd, ssd_step
+from zamba2_jax.typing import Array, DTypeLike, Float, Int, at_least_fp32
+
+
+class Mamba2(nnx.Module):
+    """Gated state-space mixer: project, convolve, scan, gate and norm, project back.
+
+    The published `in_proj` and `conv1d` hold several parameters in one matrix; here each part is its own, (B, C) as
+    one. See `checkpoint.hf` for the mapping.
+    """
+
+    def __init__(self, config: Zamba2Config, *, rngs: Rngs, dtype: DTypeLike = jnp.float32):
+        d, e, h, bc = config.hidden_size, config.inner_size, config.mamba_heads, config.bc_size
+        matrix = normal(config.initializer_range)
+        dt_init = inverse_softplus_log_uniform(config.time_step_min, config.time_step_max, config.time_step_floor)
+        self.config = config
+        self.in_z = param(rngs, matrix, (d, e), ("d_model", "inner"), dtype)
+        self.in_x = param(rngs, matrix, (d, e), ("d_model", "inner"), dtype)
+        self.in_bc = param(rngs, matrix, (d, bc), ("d_model", None), dtype)
+        self.in_dt = param(rngs, matrix, (d, h), ("d_model", "heads"), dtype)
+        self.in_z_bias = optional_bias(config, rngs, e, dtype, "inner")
+        self.in_x_bias = optional_bias(config, rngs, e, dtype, "inner")
+        self.in_bc_bias = optional_bias(config, rngs, bc, dtype)
+        self.in_dt_bias = optional_bias(config, rngs, h, dtype, "heads")
+        self.conv_x = param(rngs, matrix, (config.d_conv, e), (None, "inner"), dtype)
+        self.conv_bc = param(rngs, matrix, (config.d_conv, bc), (None, None), dtype)
+        self.conv_x_bias = bias(rngs, e, dtype, "inner")
+        self.conv_bc_bias = bias(rngs, bc, dtype)
+        self.dt_bias = param(rngs, dt_init, (h,), ("heads",), dtype)
+        self.A_log = param(rngs, log_one_to_n, (h,), ("heads",), dtype)
+        self.D = param(rngs, ones, (h,), ("heads",), dtype)
+        self.norm = norm_scale(rngs, e, dtype, "inner")
+        self.out = param(rngs, matrix, (e, d), ("inner", "d_model"), dtype)
+        self.out_bias = optional_bias(config, rngs, d, dtype)
+
+    def __call__(
+        self,
+        u: Float[Array, "b t d"],
+        state: MambaState | None = None,
+        segment_ids: Int[Array, "b t"] | None = None,
+        *,
+        tap: Tap = no_tap,
+        implementation: Implementation = "xla",
+    ) -> tuple[Float[Array, "b t d"], MambaState]:
+        """The block over whole rows, from `state` (zeros by default), and the state after them."""
+        before_x, before_bc, before = (None,) * 3 if state is None else (state.conv_x, state.conv_bc, state.ssm)
+        z, x, bc, dt = self._project(u, tap)
+        x, conv_x = causal_conv1d(
+            x, self.conv_x[...], self.conv_x_bias[...], initial_state=before_x, segment_ids=segment_ids
+        )
+        bc, conv_bc = causal_conv1d(
+            bc,
+            self.conv_bc[...],
+            self.conv_bc_bias[...],
+            initial_state=before_bc,
+            segment_ids=segment_ids,
+        )
+        y, ssm = ssd(
+            *self._scan_inputs(x, dt, bc, tap),
+            initial_state=before,
+            segment_ids=segment_ids,
+            implementation=implementation,
+        )
+        state = MambaState(
+            conv_x=tap("conv_x_state", conv_x), conv_bc=tap("conv_bc_state", conv_bc), ssm=tap("ssm_state", ssm)
+        )
+        return self._gate_and_project(y, z, tap), state
+
+    def step(
+        self, u: Float[Array, "b d"], state: MambaState, *, tap: Tap = no_tap
+    ) -> tuple[Float[Array, "b d"], MambaState]:
+        """The block for one token of every row."""
+        z, x, bc, dt = self._project(u, tap)
+        x, conv_x = causal_conv1d_step(x, self.conv_x[...], self.conv_x_bias[...], state.conv_x)
+        bc, conv_bc = causal_conv1d_step(bc, self.conv_bc[...], self.conv_bc_bias[...], state.conv_bc)
+        y, ssm = ssd_step(*self._scan_inputs(x, dt, bc, tap), state=state.ssm)
+        return self._gate_and_project(y, z, tap), MambaState(conv_x=conv_x, conv_bc=conv_bc, ssm=ssm)
+
+    def _project(self, u: Array, tap: Tap) -> tuple[Array, Array, Array, Array]:
+        """z, x, (B, C) and dt; dt after its bias, softplus and clamp, in at least float32."""
+        z = tap("z", linear(u, self.in_z[...], value(self.in_z_bias)))
+        x = linear(u, self.in_x[...], value(self.in_x_bias))
+        bc = linear(u, self.in_bc[...], value(self.in_bc_bias))
+        dt = linear(u, self.in_dt[...], value(self.in_dt_bias), dtype=at_least_fp32(u.dtype))
+        dt = jnp.clip(jax.nn.softplus(dt + self.dt_bias[...]), *self.config.time_step_limit)
+        return z, x, bc, tap("dt", dt)
+
+    def _scan_inputs(self, x: Array, dt: Array, bc: Array, tap: Tap) -> tuple[Array, ...]:
+        """The arguments of the scan, from the convolution's outputs [..., e] and [..., 2gn]."""
+        c = self.config
+        x = tap("x", jax.nn.silu(x).reshape(*x.shape[:-1], c.mamba_heads, c.mamba_head_dim))
+        bc = jax.nn.silu(bc).reshape(*bc.shape[:-1], 2, c.ngroups, c.d_state)
+        B, C = tap("B", bc[..., 0, :, :]), tap("C", bc[..., 1, :, :])
+        A = -jnp.exp(self.A_log[...].astype(dt.dtype))
+        return x, dt, A, B, C, self.D[...].astype(dt.dtype)
+
+    def _gate_and_project(self, y: Array, z: Array, tap: Tap) -> Array:
+        y = gated_rms_norm(tap("y", y).reshape(z.shape), z, self.norm[...], self.config.ngroups, GATED_NORM_EPS)
+        return tap("output", linear(y, self.out[...], value(self.out_bias)))
+
+
+class MambaLayer(nnx.Module):
+    """h + mamba(norm(h + t)): what a shared block gives, t, reaches the mixer but not the residual stream."""
+
+    def __init__(self, config: Zamba2Config, *, rngs: Rngs, dtype: DTypeLike = jnp.float32):
+        self.config = config
+        self.norm = norm_scale(rngs, config.hidden_size, dtype)
+        self.mamba = Mamba2(config, rngs=rngs, dtype=dtype)
+
+    def __call__(
+        self,
+        h: Float[Array, "b t d"],
+        shared: Float[Array, "b t d"] | None,
+        state: MambaState | None = None,
+        segment_ids: Int[Array, "b t"] | None = None,
+        *,
+        tap: Tap = no_tap,
+        implementation: Implementation = "xla",
+    ) -> tuple[Float[Array, "b t d"], MambaState]:
+        """The layer over whole rows, from `state` (zeros by default), and the state after them."""
+        u = self._norm(h, shared, tap)
+        y, state = self.mamba(u, state, segment_ids, tap=scoped(tap, "mamba"), implementation=implementation)
+        return h + y, state
+
+    def step(
+        self, h: Float[Array, "b 1 d"], shared: Float[Array, "b 1 d"] | None, state: MambaState, *, tap: Tap = no_tap
+    ) -> tuple[Float[Array, "b 1 d"], MambaState]:
+        """The layer for one token of every row."""
+        y, state = self.mamba.step(self._norm(h, shared, tap)[:, 0], state, tap=scoped(tap, "mamba"))
+        return h + y[:, None], state
+
+    def _norm(self, h: Array, shared: Array | None, tap: Tap) -> Array:
+        u = h if shared is None else h + shared
+        return tap("mamba.input", rms_norm(u, self.norm[...], self.config.rms_norm_eps))

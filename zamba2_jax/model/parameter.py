@@ -1,0 +1,78 @@
+"""How a parameter is declared: once, with its shape, dtype, logical axes and initialiser."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.nn.initializers import ones, zeros
+
+from zamba2_jax.config import Zamba2Config
+from zamba2_jax.typing import DTypeLike, param_dtype
+
+
+class KeyStream:
+    """Stands in for `nnx.Rngs` where hundreds of parameters are declared.
+
+    Its count is a Python integer: in flax 0.12.8 the traced one of `nnx.Rngs` makes the shapes of the 7B model take
+    27 seconds instead of one.
+    """
+
+    def __init__(self, key: jax.Array):
+        self._key = key
+        self._count = 0
+
+    def params(self) -> jax.Array:
+        """The next key."""
+        self._count += 1
+        return jax.random.fold_in(self._key, self._count)
+
+
+Rngs = nnx.Rngs | KeyStream
+Initializer = Callable[[jax.Array, Sequence[int], DTypeLike], jax.Array]
+
+
+def param(
+    rngs: Rngs, init: Initializer, shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: DTypeLike
+) -> nnx.Param:
+    """A parameter for a model of compute dtype `dtype`; `axes` names its dimensions for `zamba2_jax.sharding`."""
+    return nnx.Param(init(rngs.params(), shape, param_dtype(len(shape), dtype)), axes=axes)
+
+
+def norm_scale(rngs: Rngs, size: int, dtype: DTypeLike, axis: str | None = None) -> nnx.Param:
+    """The scale of an RMS norm over `size` channels, 1 at first."""
+    return param(rngs, ones, (size,), (axis,), dtype)
+
+
+def bias(rngs: Rngs, size: int, dtype: DTypeLike, axis: str | None = None) -> nnx.Param:
+    """A bias over `size` channels, 0 at first."""
+    return param(rngs, zeros, (size,), (axis,), dtype)
+
+
+def optional_bias(
+    config: Zamba2Config, rngs: Rngs, size: int, dtype: DTypeLike, axis: str | None = None
+) -> nnx.Param | None:
+    """A bias where `config.add_bias_linear` asks for one."""
+    return bias(rngs, size, dtype, axis) if config.add_bias_linear else None
+
+
+def log_one_to_n(key: jax.Array, shape: Sequence[int], dtype: DTypeLike) -> jax.Array:
+    """A_log at first: log(1), log(2), ... over the heads (arXiv:2312.00752, section 3.6, S4D-real)."""
+    del key
+    return jnp.log(jnp.arange(1, shape[0] + 1)).astype(dtype)
+
+
+def inverse_softplus_log_uniform(low: float, high: float, floor: float) -> Initializer:
+    """dt_bias at first: softplus of it is log-uniform in [low, high], at least `floor`."""
+
+    def init(key: jax.Array, shape: Sequence[int], dtype: DTypeLike) -> jax.Array:
+        dt = jnp.exp(jax.random.uniform(key, shape, minval=jnp.log(low), maxval=jnp.log(high)))
+        dt = jnp.maximum(dt, floor)
+        return (dt + jnp.log(-jnp.expm1(-dt))).astype(dtype)
+
+    return init
+
+
+def value(parameter: nnx.Param | None) -> jax.Array | None:
+    """The array of a parameter that a model may lack."""
+    return None if parameter is None else parameter[...]

@@ -1,0 +1,149 @@
+"""The shared transformer block and what each call of it owns (arXiv:2411.15242, section 2)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.nn.initializers import normal
+
+from zamba2_jax.config import Zamba2Config
+from zamba2_jax.model.cache import KVCache
+from zamba2_jax.model.parameter import Rngs, norm_scale, optional_bias, param, value
+from zamba2_jax.model.tap import Tap, no_tap, scoped
+from zamba2_jax.ops.attention import cached_attention, causal_attention
+from zamba2_jax.ops.linear import adapter, linear
+from zamba2_jax.ops.norm import rms_norm
+from zamba2_jax.ops.rope import rotate
+from zamba2_jax.typing import Array, DTypeLike, Float, Int
+
+
+class AttentionAdapters(nnx.Module):
+    """Low-rank terms on q, k and v."""
+
+    def __init__(self, config: Zamba2Config, *, rngs: Rngs, dtype: DTypeLike = jnp.float32):
+        matrix = normal(config.initializer_range)
+        into = ((config.attention_size, config.adapter_rank), ("attention_in", "rank"))
+        kv_size = config.kv_heads * config.attention_head_dim
+        out_of_q = ((config.adapter_rank, config.attention_size), ("rank", "attention_heads"))
+        out_of_kv = ((config.adapter_rank, kv_size), ("rank", "attention_heads"))
+        self.q_a = param(rngs, matrix, *into, dtype)
+        self.q_b = param(rngs, matrix, *out_of_q, dtype)
+        self.k_a = param(rngs, matrix, *into, dtype)
+        self.k_b = param(rngs, matrix, *out_of_kv, dtype)
+        self.v_a = param(rngs, matrix, *into, dtype)
+        self.v_b = param(rngs, matrix, *out_of_kv, dtype)
+
+
+class SharedCall(nnx.Module):
+    """What one call of a shared block does not share: its adapters and the linear map after it."""
+
+    def __init__(self, config: Zamba2Config, *, rngs: Rngs, dtype: DTypeLike = jnp.float32):
+        d, f, a = config.hidden_size, config.ffn_size, config.adapter_rank
+        matrix = normal(config.initializer_range)
+        self.attention = AttentionAdapters(config, rngs=rngs, dtype=dtype) if config.attention_adapters else None
+        self.mlp_a = param(rngs, matrix, (d, a), ("d_model", "rank"), dtype)
+        self.gate_b = param(rngs, matrix, (a, f), ("rank", "ffn"), dtype)
+        self.up_b = param(rngs, matrix, (a, f), ("rank", "ffn"), dtype)
+        self.linear = param(rngs, matrix, (d, d), ("d_model", None), dtype)
+
+
+class SharedAttention(nnx.Module):
+    """Causal attention from width 2d to width d."""
+
+    def __init__(self, config: Zamba2Config, *, rngs: Rngs, dtype: DTypeLike = jnp.float32):
+        size, kv_size = config.attention_size, config.kv_heads * config.attention_head_dim
+        matrix = normal(config.initializer_range)
+        self.config = config
+        self.q = param(rngs, matrix, (size, size), ("attention_in", "attention_heads"), dtype)
+        self.k = param(rngs, matrix, (size, kv_size), ("attention_in", "attention_heads"), dtype)
+        self.v = param(rngs, matrix, (size, kv_size), ("attention_in", "attention_heads"), dtype)
+        self.o = param(rngs, matrix, (size, config.hidden_size), ("attention_heads", "d_model"), dtype)
+
+    def __call__(
+        self,
+        x: Float[Array, "b t 2d"],
+        adapters: AttentionAdapters | None,
+        positions: Int[Array, "b t"],
+        segment_ids: Int[Array, "b t"] | None = None,
+        cache: KVCache | None = None,
+        *,
+        tap: Tap = no_tap,
+    ) -> tuple[Float[Array, "b t d"], KVCache | None]:
+        """Attention within the rows, or, with a cache, to all that the cache holds and the rows add to it."""
+        c = self.config
+        q, k, v = linear(x, self.q[...]), linear(x, self.k[...]), linear(x, self.v[...])
+        if adapters is not None:
+            q += adapter(x, adapters.q_a[...], adapters.q_b[...])
+            k += adapter(x, adapters.k_a[...], adapters.k_b[...])
+            v += adapter(x, adapters.v_a[...], adapters.v_b[...])
+        q, k, v = (y.reshape(*y.shape[:-1], -1, c.attention_head_dim) for y in (q, k, v))
+        if c.use_rope:
+            q, k = rotate(q, positions, c.rope_theta), rotate(k, positions, c.rope_theta)
+        q, k, v = tap("q", q), tap("k", k), tap("v", v)
+        if cache is None:
+            y = causal_attention(q, k, v, c.attention_scale, segment_ids)
+        else:
+            real = jnp.ones(positions.shape, bool) if segment_ids is None else segment_ids != 0
+            y, *kv = cached_attention(q, k, v, cache.k, cache.v, positions, real, c.attention_scale)
+            cache = KVCache(k=kv[0], v=kv[1])
+        return tap("output", linear(y.reshape(x.shape), self.o[...])), cache
+
+
+class SharedMLP(nnx.Module):
+    """Gated MLP with the exact GELU: down(gelu(gate x) * up x)."""
+
+    def __init__(self, config: Zamba2Config, *, rngs: Rngs, dtype: DTypeLike = jnp.float32):
+        d, f = config.hidden_size, config.ffn_size
+        matrix = normal(config.initializer_range)
+        self.gate = param(rngs, matrix, (d, f), ("d_model", "ffn"), dtype)
+        self.up = param(rngs, matrix, (d, f), ("d_model", "ffn"), dtype)
+        self.down = param(rngs, matrix, (f, d), ("ffn", "d_model"), dtype)
+        self.gate_bias = optional_bias(config, rngs, f, dtype, "ffn")
+        self.up_bias = optional_bias(config, rngs, f, dtype, "ffn")
+        self.down_bias = optional_bias(config, rngs, d, dtype)
+
+    def __call__(self, x: Float[Array, "b t d"], call: SharedCall, *, tap: Tap = no_tap) -> Float[Array, "b t d"]:
+        """The MLP with the adapters of `call`."""
+        low = linear(x, call.mlp_a[...])
+        gate = linear(x, self.gate[...], value(self.gate_bias)) + linear(low, call.gate_b[...])
+        up = linear(x, self.up[...], value(self.up_bias)) + linear(low, call.up_b[...])
+        inner = tap("inner", jax.nn.gelu(gate, approximate=False) * up)
+        return tap("output", linear(inner, self.down[...], value(self.down_bias)))
+
+
+class SharedBlock(nnx.Module):
+    """Attention, then a gated MLP, on [residual, embedding]. There is no residual connection inside."""
+
+    def __init__(self, config: Zamba2Config, *, rngs: Rngs, dtype: DTypeLike = jnp.float32):
+        self.config = config
+        self.norm = norm_scale(rngs, config.attention_size, dtype)
+        self.attention = SharedAttention(config, rngs=rngs, dtype=dtype)
+        self.mlp_norm = norm_scale(rngs, config.hidden_size, dtype)
+        self.mlp = SharedMLP(config, rngs=rngs, dtype=dtype)
+
+    def __call__(
+        self,
+        h: Float[Array, "b t d"],
+        embedded: Float[Array, "b t d"],
+        call: SharedCall,
+        positions: Int[Array, "b t"],
+        segment_ids: Int[Array, "b t"] | None = None,
+        cache: KVCache | None = None,
+        *,
+        tap: Tap = no_tap,
+    ) -> tuple[Float[Array, "b t d"], KVCache | None]:
+        """One call of the block: the term it gives to its layer, and the call's cache, if it has one, after it.
+
+        Args:
+            h: the residual stream.
+            embedded: the model's input embeddings.
+            call: what this call owns.
+            positions: of the tokens in their documents; with a cache also the slots they take.
+            segment_ids: documents; with a cache only their padding is read.
+            cache: the call's keys and values so far.
+        """
+        eps = self.config.rms_norm_eps
+        x = tap("input", rms_norm(jnp.concatenate([h, embedded], axis=-1), self.norm[...], eps))
+        attend = scoped(tap, "attention")
+        x, cache = self.attention(x, call.attention, positions, segment_ids, cache, tap=attend)
+        x = self.mlp(rms_norm(x, self.mlp_norm[...], eps), call, tap=scoped(tap, "mlp"))
+        return tap("output", linear(x, call.linear[...])), cache

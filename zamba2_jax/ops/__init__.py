@@ -1,0 +1,30 @@
+"""Pure functions of arrays: what the model is made of. Sizes come from shapes; there is no config here."""
+
+from zamba2_jax.ops.attention import cached_attention, causal_attention
+from zamba2_jax.ops.conv import causal_conv1d, causal_conv1d_step
+from zamba2_jax.ops.cross_entropy import cross_entropy
+from zamba2_jax.ops.linear import adapter, linear
+from zamba2_jax.ops.norm import gated_rms_norm, rms_norm
+from zamba2_jax.ops.rope import rotate
+from zamba2_jax.ops.segments import document_index, document_positions
+from zamba2_jax.ops.ssd import ssd, ssd_step
+from zamba2_jax.ops.ssd_reference import ssd_associative, ssd_sequential
+
+__all__ = [
+    "adapter",
+    "cached_attention",
+    "causal_attention",
+    "causal_conv1d",
+    "causal_conv1d_step",
+    "cross_entropy",
+    "document_index",
+    "document_positions",
+    "gated_rms_norm",
+    "linear",
+    "rms_norm",
+    "rotate",
+    "ssd",
+    "ssd_associative",
+    "ssd_sequential",
+    "ssd_step",
+]

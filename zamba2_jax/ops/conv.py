@@ -1,0 +1,62 @@
+"""Causal depthwise convolution over time, whole sequences and one step."""
+
+import jax.numpy as jnp
+
+from zamba2_jax.ops.segments import document_index
+from zamba2_jax.typing import Array, Float, Int, at_least_fp32
+
+
+def causal_conv1d(
+    x: Float[Array, "b t e"],
+    w: Float[Array, "k e"],
+    bias: Float[Array, " e"],
+    *,
+    initial_state: Float[Array, "b k-1 e"] | None = None,
+    segment_ids: Int[Array, "b t"] | None = None,
+) -> tuple[Float[Array, "b t e"], Float[Array, "b k-1 e"]]:
+    """y_t = bias + sum_j w_j x_{t - (k-1) + j}, each channel on its own.
+
+    Args:
+        x: input.
+        w: taps, the last one on the current token.
+        bias: one per channel.
+        initial_state: the k-1 inputs before the row, oldest first; zeros by default. It belongs to the first document.
+        segment_ids: documents; taps that would reach into another one, or into padding, read 0. See `ops.segments`.
+
+    Returns:
+        y, in the dtype of x, and the last k-1 real inputs of each row's last document, oldest first.
+    """
+    taps, length = w.shape[0], x.shape[1]
+    if initial_state is None:
+        initial_state = jnp.zeros((x.shape[0], taps - 1, x.shape[2]), x.dtype)
+    if segment_ids is not None:
+        x = jnp.where(segment_ids[..., None] != 0, x, 0)
+    window = jnp.concatenate([initial_state.astype(x.dtype), x], axis=1)
+    wide = at_least_fp32(x.dtype)
+    if segment_ids is None:
+        y = sum(window[:, j : j + length].astype(wide) * w[j] for j in range(taps)) + bias
+        return y.astype(x.dtype), window[:, length:]
+
+    # Where each entry of the window belongs, then the same sum with the foreign entries left out.
+    document = jnp.pad(document_index(segment_ids), ((0, 0), (taps - 1, 0)))
+    here = document[:, taps - 1 :]
+    y = bias
+    for j in range(taps):
+        own = document[:, j : j + length] == here
+        y = y + jnp.where(own[..., None], window[:, j : j + length], 0).astype(wide) * w[j]
+
+    time = jnp.arange(length)
+    end = jnp.max(jnp.where(segment_ids != 0, time + 1, 0), axis=1)  # number of inputs up to the last real one
+    last = end[:, None] + jnp.arange(taps - 1)  # their last k-1, as indices of the window
+    state = jnp.take_along_axis(window, last[..., None], axis=1)
+    own = jnp.take_along_axis(document, last, axis=1) == document[:, -1:]
+    return y.astype(x.dtype), jnp.where(own[..., None], state, 0)
+
+
+def causal_conv1d_step(
+    x: Float[Array, "b e"], w: Float[Array, "k e"], bias: Float[Array, " e"], state: Float[Array, "b k-1 e"]
+) -> tuple[Float[Array, "b e"], Float[Array, "b k-1 e"]]:
+    """One step of `causal_conv1d`: y for the input x after the k-1 inputs in `state`, and the next state."""
+    window = jnp.concatenate([state.astype(x.dtype), x[:, None]], axis=1)
+    y = jnp.sum(window.astype(at_least_fp32(x.dtype)) * w, axis=1) + bias
+    return y.astype(x.dtype), window[:, 1:]
