@@ -1,0 +1,298 @@
+"""Hugging Face checkpoints: any published layout in, the current one out."""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from zamba2_jax.checkpoint.layout import Tensor, ignored, tensors
+from zamba2_jax.config import Zamba2Config
+from zamba2_jax.model.zamba2 import Zamba2
+from zamba2_jax.sharding import parameter_sharding
+from zamba2_jax.typing import DTypeLike, param_dtype
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+MAX_SHARD_SIZE = 4_000_000_000
+
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+
+
+def load_hf(source: str | os.PathLike[str], *, dtype: DTypeLike | None = None, mesh: Mesh | None = None) -> Zamba2:
+    """Reads a checkpoint, tensor by tensor.
+
+    Beside the model, memory holds one tensor at a time.
+
+    Args:
+        source: a directory with config.json and safetensors, or the id of a repository on the Hugging Face hub.
+        dtype: compute dtype: matrices are cast to it, vectors to at least float32. By default every tensor keeps
+            the dtype it is stored in.
+        mesh: places every parameter on it by `zamba2_jax.sharding`; each device then reads only its slice.
+
+    Raises:
+        FileNotFoundError: there is no such directory or repository, or it lacks a file.
+        ValueError: the weights are pickles, the config or a file is not valid, or tensors are missing, unexpected,
+            of a wrong shape or dtype, or not finite; all such tensors are listed.
+    """
+    directory = _resolve(source)
+    config = Zamba2Config.from_hf(directory)
+    entries = _find_entries(directory)
+    found, problems = _match(config, entries)
+    model = jax.eval_shape(lambda: Zamba2(config, rngs=nnx.Rngs(0)))
+    leaves, structure = jax.tree.flatten_with_path(model, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
+    parameters = {_path_name(path): leaf for path, leaf in leaves}
+    arrays: dict[str, jax.Array] = {}
+    for tensor, entry in found:
+        first_row = 0
+        for part in tensor.parts:
+            read = _Reader(entry, tensor, first_row, part.rows)
+            first_row += part.rows
+            arrays[part.path] = _place(parameters[part.path], read, dtype, mesh)
+            if read.not_finite:
+                problems.append(f"{entry.name}: not finite in rows {read.first_row} to {first_row - 1}")
+            if problems:
+                del arrays[part.path]
+    if problems:
+        listed = "\n  ".join(problems)
+        raise ValueError(f"{directory} is not a checkpoint of the model its config.json describes:\n  {listed}")
+    filled = [leaf.replace(arrays[_path_name(path)]) for path, leaf in leaves]
+    return jax.tree.unflatten(structure, filled)
+
+
+def save_hf(
+    model: Zamba2,
+    directory: str | os.PathLike[str],
+    *,
+    dtype: DTypeLike | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
+) -> None:
+    """Writes config.json and safetensors in the current layout, which `transformers` and `load_hf` read.
+
+    The directory appears whole or not at all.
+
+    Args:
+        model: the model.
+        directory: must not exist, or be empty.
+        dtype: of every tensor written; that of each parameter by default. Parameters that one tensor holds together
+            are written in the widest of their dtypes.
+        max_shard_size: bytes per file; a larger model is split over several, with an index.
+
+    Raises:
+        FileExistsError: the directory holds something.
+        ValueError: `max_shard_size` is below 1, or transformers has no form for the architecture.
+    """
+    if max_shard_size < 1:
+        raise ValueError(f"max_shard_size={max_shard_size}: expected at least 1 byte")
+    target = Path(directory)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target} exists and is not an empty directory")
+    config = model.config.to_hf() | {"dtype": str(jnp.dtype(dtype or model.dtype))}
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        _write_weights(scratch, model, dtype, max_shard_size)
+        _write_json(scratch / "config.json", config)
+        scratch.chmod(0o777 & ~_umask())
+        scratch.replace(target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+class _Entry(NamedTuple):
+    """A tensor in a file, as the file describes it."""
+
+    name: str
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class _Reader:
+    """Reads slices of one parameter from its rows of a tensor, and notes whether all it read was finite."""
+
+    def __init__(self, entry: _Entry, tensor: Tensor, first_row: int, rows: int):
+        self.entry, self.form = entry, tensor.form
+        self.first_row, self.rows = first_row, rows
+        self.not_finite = False
+
+    def __call__(self, index: tuple[slice, ...]) -> np.ndarray:
+        rows, *rest = self.form.rows_index(index)
+        start, stop, _ = rows.indices(self.rows)
+        # One opening per read: what a mapped file has shown stays in memory until it is closed.
+        with safe_open(self.entry.file, framework="numpy") as file:
+            view = file.get_slice(self.entry.name)
+            values = view[(slice(self.first_row + start, self.first_row + stop), *rest)]
+        self.not_finite |= not bool(np.isfinite(values).all())
+        return self.form.from_hf(values)
+
+
+def _place(parameter: nnx.Param, read: _Reader, dtype: DTypeLike | None, mesh: Mesh | None) -> jax.Array:
+    """One parameter, read from its file on to its devices."""
+    target = None if dtype is None else param_dtype(len(parameter.shape), dtype)
+
+    def cast(values: np.ndarray) -> np.ndarray:
+        return np.ascontiguousarray(values, dtype=target)
+
+    if mesh is None:
+        return jnp.asarray(cast(read((slice(None),) * len(parameter.shape))))
+    sharding = parameter_sharding(parameter, mesh)
+    return jax.make_array_from_callback(parameter.shape, sharding, lambda index: cast(read(index or ())))
+
+
+def _resolve(source: str | os.PathLike[str]) -> Path:
+    """The local directory of a checkpoint, fetched from the hub if `source` is a repository."""
+    if Path(source).is_dir():
+        return Path(source)
+    repository = os.fspath(source)
+    try:
+        huggingface_hub.utils.validate_repo_id(repository)
+    except huggingface_hub.errors.HFValidationError:
+        raise FileNotFoundError(f"{repository} is neither a directory nor the id of a hub repository") from None
+    try:
+        patterns = ["*.json", "*.safetensors", "tokenizer*"]
+        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
+    except (OSError, huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.LocalEntryNotFoundError) as error:
+        raise FileNotFoundError(
+            f"{repository} is not a directory here, is not in the local hub cache, and could not be fetched from the "
+            f"hub (offline, or no such repository?): {error}"
+        ) from error
+
+
+def _find_entries(directory: Path) -> dict[str, _Entry]:
+    """Every tensor of a checkpoint, from the headers of its files."""
+    if (directory / INDEX).is_file():
+        files = _indexed_files(directory)
+    elif (directory / WEIGHTS).is_file():
+        files = [directory / WEIGHTS]
+    else:
+        pickles = sorted(p.name for ending in ("bin", "pt", "pth", "ckpt") for p in directory.glob(f"*.{ending}"))
+        if pickles:
+            raise ValueError(
+                f"{directory} holds {', '.join(pickles)}, no safetensors. Pickle files can run code when they are read "
+                "and are refused. Convert them where you trust them: "
+                "torch.load(..., weights_only=True), then safetensors.torch.save_file(..., 'model.safetensors')."
+            )
+        raise FileNotFoundError(f"{directory} has neither {WEIGHTS} nor {INDEX}")
+    entries: dict[str, _Entry] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="numpy") as content:
+                for name in content.keys():  # noqa: SIM118 (not a dict)
+                    view = content.get_slice(name)
+                    entries[name] = _Entry(name, file, tuple(view.get_shape()), view.get_dtype())
+        except SafetensorError as error:
+            raise ValueError(f"{file} is not a valid safetensors file: {error}") from error
+    return entries
+
+
+def _indexed_files(directory: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+    except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{directory / INDEX} is not a valid index: {error!r}") from error
+    for name in names:
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise ValueError(f"{directory / INDEX} names {name!r}, expected files of its own directory")
+        if not (directory / name).is_file():
+            raise FileNotFoundError(f"{directory / INDEX} names {name}, which is not there")
+    return [directory / name for name in names]
+
+
+def _match(config: Zamba2Config, entries: dict[str, _Entry]) -> tuple[list[tuple[Tensor, _Entry]], list[str]]:
+    """Pairs the model's table with what the files hold; and what is wrong about it, a line each."""
+    found, problems, used = [], [], set()
+    for tensor in tensors(config):
+        names = [name for name in (tensor.name, *tensor.aliases) if name in entries]
+        used.update(names)
+        if not names:
+            problems.append(f"{tensor.name}: missing")
+            continue
+        entry = entries[names[0]]
+        if len(names) > 1:
+            problems.append(f"{names[1]}: unexpected beside {names[0]}, another name of the same tensor")
+        elif entry.shape != tensor.shape:
+            problems.append(f"{entry.name}: has shape {list(entry.shape)}, expected {list(tensor.shape)}")
+        elif entry.dtype not in _FLOATS:
+            problems.append(f"{entry.name}: has dtype {entry.dtype}, expected one of {', '.join(sorted(_FLOATS))}")
+        else:
+            found.append((tensor, entry))
+        copies = [name for name in tensor.copies if name in entries]
+        used.update(copies)
+        problems += [
+            f"{name}: differs from {entry.name}, to which it is tied"
+            for name in copies
+            if not _equal(entries[name], entry)
+        ]
+    extra = sorted(name for name in set(entries) - used if not ignored(config, name))
+    return found, problems + [f"{name}: unexpected" for name in extra]
+
+
+def _equal(first: _Entry, second: _Entry) -> bool:
+    """Whether two tensors hold the same, read a few rows at a time."""
+    if (first.shape, first.dtype) != (second.shape, second.dtype):
+        return False
+    with safe_open(first.file, framework="numpy") as a, safe_open(second.file, framework="numpy") as b:
+        x, y = a.get_slice(first.name), b.get_slice(second.name)
+        rows = (slice(i, min(i + 4096, first.shape[0])) for i in range(0, first.shape[0], 4096))
+        return all(np.array_equal(x[s], y[s]) for s in rows)
+
+
+def _write_weights(directory: Path, model: Zamba2, dtype: DTypeLike | None, max_shard_size: int) -> None:
+    leaves, _ = jax.tree.flatten_with_path(model)
+    parameters = {_path_name(path): leaf for path, leaf in leaves}
+    shards: list[dict[str, Tensor]] = [{}]
+    filled = total = 0
+    for tensor in tensors(model.config):
+        size = int(np.prod(tensor.shape)) * _dtype(tensor, parameters, dtype).itemsize
+        for name in (tensor.name, *(() if model.config.tie_embeddings else tensor.copies)):
+            if shards[-1] and filled + size > max_shard_size:
+                shards.append({})
+                filled = 0
+            shards[-1][name] = tensor
+            filled += size
+            total += size
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        file = WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+        content = {name: _assemble(tensor, parameters, dtype) for name, tensor in shard.items()}
+        save_file(content, directory / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(content, file))
+    if len(shards) > 1:
+        _write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _dtype(tensor: Tensor, parameters: dict[str, jax.Array], dtype: DTypeLike | None) -> np.dtype:
+    """What a tensor of the checkpoint is written in."""
+    return jnp.dtype(dtype or jnp.result_type(*(parameters[part.path] for part in tensor.parts)))
+
+
+def _assemble(tensor: Tensor, parameters: dict[str, jax.Array], dtype: DTypeLike | None) -> np.ndarray:
+    """A tensor of the checkpoint, from the parameters it holds."""
+    rows = [tensor.form.to_hf(np.asarray(parameters[part.path])) for part in tensor.parts]
+    whole = np.concatenate(rows) if len(rows) > 1 else rows[0]
+    return np.ascontiguousarray(whole, dtype=_dtype(tensor, parameters, dtype))
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _path_name(path: tuple[Any, ...]) -> str:
+    """layers.3.mamba.in_z for its path in the pytree."""
+    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
