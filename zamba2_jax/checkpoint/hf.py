@@ -1,9 +1,10 @@
 """Hugging Face checkpoints: any published layout in, the current one out."""
 
 import json
+import math
 import os
+import secrets
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,12 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from zamba2_jax.checkpoint.layout import Tensor, ignored, tensors
+from zamba2_jax.checkpoint.layout import Form, Tensor, ignored, tensors
 from zamba2_jax.config import Zamba2Config
+from zamba2_jax.model.parameter import named_parameters, with_values
 from zamba2_jax.model.zamba2 import Zamba2
 from zamba2_jax.sharding import parameter_sharding
 from zamba2_jax.typing import DTypeLike, param_dtype
@@ -25,39 +29,48 @@ from zamba2_jax.typing import DTypeLike, param_dtype
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 MAX_SHARD_SIZE = 4_000_000_000
 
-_FLOATS = {"F64", "F32", "F16", "BF16"}
+_FLOATS: dict[str, np.dtype] = {
+    "F64": np.dtype("float64"),
+    "F32": np.dtype("float32"),
+    "F16": np.dtype("float16"),
+    "BF16": jnp.dtype("bfloat16"),
+}
+_BLOCK = 1 << 24  # bytes of a file that are in memory at a time
 
 
 def load_hf(source: str | os.PathLike[str], *, dtype: DTypeLike | None = None, mesh: Mesh | None = None) -> Zamba2:
     """Reads a checkpoint, tensor by tensor.
 
-    Beside the model, memory holds one tensor at a time.
+    Beside the model, memory holds one parameter at a time, and a block of the file it comes from.
 
     Args:
         source: a directory with config.json and safetensors, or the id of a repository on the Hugging Face hub.
         dtype: compute dtype: matrices are cast to it, vectors to at least float32. By default every tensor keeps
-            the dtype it is stored in.
+            the dtype it is stored in (float64 only with jax_enable_x64).
         mesh: places every parameter on it by `zamba2_jax.sharding`; each device then reads only its slice.
 
     Raises:
         FileNotFoundError: there is no such directory or repository, or it lacks a file.
         ValueError: the weights are pickles, the config or a file is not valid, or tensors are missing, unexpected,
-            of a wrong shape or dtype, or not finite; all such tensors are listed.
+            of a wrong shape or dtype, or not finite; all such tensors are listed. Or `dtype` is not one JAX can hold.
     """
+    if dtype is not None:
+        _check_dtype(jnp.dtype(dtype))
     directory = _resolve(source)
     config = Zamba2Config.from_hf(directory)
-    entries = _find_entries(directory)
-    found, problems = _match(config, entries)
+    entries = find_entries(directory)
+    found, problems = match(config, entries)
     model = jax.eval_shape(lambda: Zamba2(config, rngs=nnx.Rngs(0)))
-    leaves, structure = jax.tree.flatten_with_path(model, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
-    parameters = {_path_name(path): leaf for path, leaf in leaves}
+    parameters = named_parameters(model)
     arrays: dict[str, jax.Array] = {}
     for tensor, entry in found:
         first_row = 0
         for part in tensor.parts:
-            read = _Reader(entry, tensor, first_row, part.rows)
+            parameter = parameters[part.path]
+            target = _FLOATS[entry.dtype] if dtype is None else param_dtype(len(parameter.shape), dtype)
+            read = _Reader(entry, tensor.form, first_row, parameter.shape, target)
             first_row += part.rows
-            arrays[part.path] = _place(parameters[part.path], read, dtype, mesh)
+            arrays[part.path] = _place(parameter, read, mesh)
             if read.not_finite:
                 problems.append(f"{entry.name}: not finite in rows {read.first_row} to {first_row - 1}")
             if problems:
@@ -65,8 +78,7 @@ def load_hf(source: str | os.PathLike[str], *, dtype: DTypeLike | None = None, m
     if problems:
         listed = "\n  ".join(problems)
         raise ValueError(f"{directory} is not a checkpoint of the model its config.json describes:\n  {listed}")
-    filled = [leaf.replace(arrays[_path_name(path)]) for path, leaf in leaves]
-    return jax.tree.unflatten(structure, filled)
+    return with_values(model, arrays)
 
 
 def save_hf(
@@ -93,22 +105,28 @@ def save_hf(
     """
     if max_shard_size < 1:
         raise ValueError(f"max_shard_size={max_shard_size}: expected at least 1 byte")
-    target = Path(directory)
+    target = Path(directory).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} exists and is not an empty directory")
     config = model.config.to_hf() | {"dtype": str(jnp.dtype(dtype or model.dtype))}
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    scratch = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+    scratch.mkdir(parents=True)
     try:
-        _write_weights(scratch, model, dtype, max_shard_size)
         _write_json(scratch / "config.json", config)
-        scratch.chmod(0o777 & ~_umask())
+        _write_weights(scratch, model, dtype, max_shard_size)
+        for file in scratch.glob("*.safetensors"):  # safetensors lets only their owner read them
+            shutil.copymode(scratch / "config.json", file)
         scratch.replace(target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-class _Entry(NamedTuple):
+def _check_dtype(dtype: np.dtype) -> None:
+    if not jnp.issubdtype(dtype, jnp.floating) or jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        raise ValueError(f"dtype={dtype}: expected a floating-point dtype, float64 only with jax_enable_x64")
+
+
+class Entry(NamedTuple):
     """A tensor in a file, as the file describes it."""
 
     name: str
@@ -120,33 +138,35 @@ class _Entry(NamedTuple):
 class _Reader:
     """Reads slices of one parameter from its rows of a tensor, and notes whether all it read was finite."""
 
-    def __init__(self, entry: _Entry, tensor: Tensor, first_row: int, rows: int):
-        self.entry, self.form = entry, tensor.form
-        self.first_row, self.rows = first_row, rows
+    def __init__(self, entry: Entry, form: Form, first_row: int, shape: tuple[int, ...], dtype: np.dtype):
+        self.entry, self.form, self.first_row, self.shape, self.dtype = entry, form, first_row, shape, dtype
         self.not_finite = False
 
     def __call__(self, index: tuple[slice, ...]) -> np.ndarray:
-        rows, *rest = self.form.rows_index(index)
-        start, stop, _ = rows.indices(self.rows)
-        # One opening per read: what a mapped file has shown stays in memory until it is closed.
-        with safe_open(self.entry.file, framework="numpy") as file:
-            view = file.get_slice(self.entry.name)
-            values = view[(slice(self.first_row + start, self.first_row + stop), *rest)]
-        self.not_finite |= not bool(np.isfinite(values).all())
-        return self.form.from_hf(values)
+        ranges = [range(size)[along] for along, size in zip(index, self.shape, strict=True)]
+        values = np.empty([len(along) for along in ranges], self.dtype)
+        rows = self.form.to_hf(values)  # a view
+        of_rows, *rest = self.form.rows_index(tuple(slice(along.start, along.stop) for along in ranges))
+        first_row = self.first_row + of_rows.start
+        step = max(1, _BLOCK // (math.prod(self.entry.shape[1:]) * _FLOATS[self.entry.dtype].itemsize))
+        for start in range(0, len(rows), step):
+            stop = min(start + step, len(rows))
+            # One opening per block: what a mapped file has shown stays in memory until it is closed.
+            with safe_open(self.entry.file, framework="numpy") as file:
+                view = file.get_slice(self.entry.name)
+                block = view[(slice(first_row + start, first_row + stop), *rest)].astype(self.dtype)
+            self.not_finite |= not bool(np.isfinite(block).all())
+            rows[start:stop] = block
+        return values
 
 
-def _place(parameter: nnx.Param, read: _Reader, dtype: DTypeLike | None, mesh: Mesh | None) -> jax.Array:
+def _place(parameter: nnx.Param, read: _Reader, mesh: Mesh | None) -> jax.Array:
     """One parameter, read from its file on to its devices."""
-    target = None if dtype is None else param_dtype(len(parameter.shape), dtype)
-
-    def cast(values: np.ndarray) -> np.ndarray:
-        return np.ascontiguousarray(values, dtype=target)
-
     if mesh is None:
-        return jnp.asarray(cast(read((slice(None),) * len(parameter.shape))))
+        # Not jnp.asarray, which copies twice; and not several copies in flight.
+        return jax.device_put(read((slice(None),) * len(parameter.shape))).block_until_ready()
     sharding = parameter_sharding(parameter, mesh)
-    return jax.make_array_from_callback(parameter.shape, sharding, lambda index: cast(read(index or ())))
+    return jax.make_array_from_callback(parameter.shape, sharding, lambda index: read(index or ()))
 
 
 def _resolve(source: str | os.PathLike[str]) -> Path:
@@ -155,20 +175,20 @@ def _resolve(source: str | os.PathLike[str]) -> Path:
         return Path(source)
     repository = os.fspath(source)
     try:
-        huggingface_hub.utils.validate_repo_id(repository)
-    except huggingface_hub.errors.HFValidationError:
+        validate_repo_id(repository)
+    except HFValidationError:
         raise FileNotFoundError(f"{repository} is neither a directory nor the id of a hub repository") from None
     try:
         patterns = ["*.json", "*.safetensors", "tokenizer*"]
         return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
-    except (OSError, huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.LocalEntryNotFoundError) as error:
+    except OSError as error:  # every error of the hub is one: offline, not found, no access
         raise FileNotFoundError(
             f"{repository} is not a directory here, is not in the local hub cache, and could not be fetched from the "
             f"hub (offline, or no such repository?): {error}"
         ) from error
 
 
-def _find_entries(directory: Path) -> dict[str, _Entry]:
+def find_entries(directory: Path) -> dict[str, Entry]:
     """Every tensor of a checkpoint, from the headers of its files."""
     if (directory / INDEX).is_file():
         files = _indexed_files(directory)
@@ -183,13 +203,15 @@ def _find_entries(directory: Path) -> dict[str, _Entry]:
                 "torch.load(..., weights_only=True), then safetensors.torch.save_file(..., 'model.safetensors')."
             )
         raise FileNotFoundError(f"{directory} has neither {WEIGHTS} nor {INDEX}")
-    entries: dict[str, _Entry] = {}
+    entries: dict[str, Entry] = {}
     for file in files:
         try:
             with safe_open(file, framework="numpy") as content:
                 for name in content.keys():  # noqa: SIM118 (not a dict)
+                    if name in entries:
+                        raise ValueError(f"{name} is in {entries[name].file} and again in {file}")
                     view = content.get_slice(name)
-                    entries[name] = _Entry(name, file, tuple(view.get_shape()), view.get_dtype())
+                    entries[name] = Entry(name, file, tuple(view.get_shape()), view.get_dtype())
         except SafetensorError as error:
             raise ValueError(f"{file} is not a valid safetensors file: {error}") from error
     return entries
@@ -198,17 +220,17 @@ def _find_entries(directory: Path) -> dict[str, _Entry]:
 def _indexed_files(directory: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-    except (json.JSONDecodeError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{directory / INDEX} is not a valid index: {error!r}") from error
     for name in names:
-        if Path(name).name != name or name in ("", ".", ".."):
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
             raise ValueError(f"{directory / INDEX} names {name!r}, expected files of its own directory")
         if not (directory / name).is_file():
             raise FileNotFoundError(f"{directory / INDEX} names {name}, which is not there")
     return [directory / name for name in names]
 
 
-def _match(config: Zamba2Config, entries: dict[str, _Entry]) -> tuple[list[tuple[Tensor, _Entry]], list[str]]:
+def match(config: Zamba2Config, entries: dict[str, Entry]) -> tuple[list[tuple[Tensor, Entry]], list[str]]:
     """Pairs the model's table with what the files hold; and what is wrong about it, a line each."""
     found, problems, used = [], [], set()
     for tensor in tensors(config):
@@ -218,6 +240,8 @@ def _match(config: Zamba2Config, entries: dict[str, _Entry]) -> tuple[list[tuple
             problems.append(f"{tensor.name}: missing")
             continue
         entry = entries[names[0]]
+        copies = [name for name in tensor.copies if name in entries]
+        used.update(copies)
         if len(names) > 1:
             problems.append(f"{names[1]}: unexpected beside {names[0]}, another name of the same tensor")
         elif entry.shape != tensor.shape:
@@ -226,18 +250,13 @@ def _match(config: Zamba2Config, entries: dict[str, _Entry]) -> tuple[list[tuple
             problems.append(f"{entry.name}: has dtype {entry.dtype}, expected one of {', '.join(sorted(_FLOATS))}")
         else:
             found.append((tensor, entry))
-        copies = [name for name in tensor.copies if name in entries]
-        used.update(copies)
-        problems += [
-            f"{name}: differs from {entry.name}, to which it is tied"
-            for name in copies
-            if not _equal(entries[name], entry)
-        ]
+            differing = [name for name in copies if not _equal(entries[name], entry)]
+            problems += [f"{name}: differs from {entry.name}, to which it is tied" for name in differing]
     extra = sorted(name for name in set(entries) - used if not ignored(config, name))
     return found, problems + [f"{name}: unexpected" for name in extra]
 
 
-def _equal(first: _Entry, second: _Entry) -> bool:
+def _equal(first: Entry, second: Entry) -> bool:
     """Whether two tensors hold the same, read a few rows at a time."""
     if (first.shape, first.dtype) != (second.shape, second.dtype):
         return False
@@ -248,8 +267,7 @@ def _equal(first: _Entry, second: _Entry) -> bool:
 
 
 def _write_weights(directory: Path, model: Zamba2, dtype: DTypeLike | None, max_shard_size: int) -> None:
-    leaves, _ = jax.tree.flatten_with_path(model)
-    parameters = {_path_name(path): leaf for path, leaf in leaves}
+    parameters = {name: parameter[...] for name, parameter in named_parameters(model).items()}
     shards: list[dict[str, Tensor]] = [{}]
     filled = total = 0
     for tensor in tensors(model.config):
@@ -285,14 +303,3 @@ def _assemble(tensor: Tensor, parameters: dict[str, jax.Array], dtype: DTypeLike
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _path_name(path: tuple[Any, ...]) -> str:
-    """layers.3.mamba.in_z for its path in the pytree."""
-    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

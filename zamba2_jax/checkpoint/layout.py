@@ -76,6 +76,12 @@ class Tensor(NamedTuple):
     parts: tuple[Part, ...]
     copies: tuple[str, ...] = ()
 
+    def split(self, array: np.ndarray) -> dict[str, np.ndarray]:
+        """The parameters in a tensor of this name, by path."""
+        ends = np.cumsum([part.rows for part in self.parts])[:-1]
+        rows = np.split(array, ends)
+        return {part.path: self.form.from_hf(own) for part, own in zip(self.parts, rows, strict=True)}
+
 
 def tensors(config: Zamba2Config) -> list[Tensor]:
     """The table: every tensor of a checkpoint of this model, each parameter in exactly one of them."""

@@ -1,6 +1,7 @@
 """How a parameter is declared: once, with its shape, dtype, logical axes and initialiser."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,7 @@ class KeyStream:
 
 
 Rngs = nnx.Rngs | KeyStream
+ModuleT = TypeVar("ModuleT", bound=nnx.Module)
 Initializer = Callable[[jax.Array, Sequence[int], DTypeLike], jax.Array]
 
 
@@ -76,3 +78,16 @@ def inverse_softplus_log_uniform(low: float, high: float, floor: float) -> Initi
 def value(parameter: nnx.Param | None) -> jax.Array | None:
     """The array of a parameter that a model may lack."""
     return None if parameter is None else parameter[...]
+
+
+def named_parameters(module: nnx.Module) -> dict[str, nnx.Param]:
+    """Every parameter by its path: `model.layers[3].mamba.in_z` is "layers.3.mamba.in_z"."""
+    leaves, _ = jax.tree.flatten_with_path(module, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def with_values(module: ModuleT, values: Mapping[str, jax.Array]) -> ModuleT:
+    """The module with the array at each parameter's path, as `named_parameters` names it, for its value."""
+    leaves, structure = jax.tree.flatten(module, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
+    replaced = [leaf.replace(values[name]) for leaf, name in zip(leaves, named_parameters(module), strict=True)]
+    return jax.tree.unflatten(structure, replaced)
