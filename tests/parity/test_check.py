@@ -1,0 +1,110 @@
+import dataclasses
+import json
+import math
+
+import numpy as np
+import pytest
+
+from zamba2_jax.checkpoint.hf import save_hf
+from zamba2_jax.cli.parity import Parity
+from zamba2_jax.config import Zamba2Config
+from zamba2_jax.model import shared
+from zamba2_jax.parity.case import VARIANTS, Case
+from zamba2_jax.parity.check import check, random_model
+from zamba2_jax.parity.evidence import GROUPS
+from zamba2_jax.parity.streaming import check_streaming
+
+SMALL = dataclasses.replace(VARIANTS["7b-miniature"].config, num_layers=2, hybrid_layer_ids=(0, 1))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_variant_is_within_the_limits_in_float32(name):
+    report = check(VARIANTS[name], new_tokens=12)
+    assert report.failures == ()
+    assert {row.group for row in report.rows} == set(GROUPS)
+    config = VARIANTS[name].config
+    assert sum(row.group == "layer" for row in report.rows) == config.num_layers
+    assert sum(row.group == "ssm_state" for row in report.rows) == config.num_layers
+
+
+@pytest.mark.parametrize("name", ["1.2b-miniature", "7b-miniature"])
+def test_variant_is_within_the_limits_in_bfloat16(name):
+    case = dataclasses.replace(VARIANTS[name], batch=8)
+    assert check(case, dtype="bfloat16", new_tokens=2).failures == ()
+
+
+def test_streaming_agrees_with_the_whole_model(tmp_path):
+    case = Case("streamed", SMALL, batch=1, seq=21)
+    save_hf(random_model(SMALL, seed=0), tmp_path / "model")
+    whole = {row.name: row for row in check(case, new_tokens=2).rows}
+    for directory in (None, tmp_path / "model"):
+        report = check_streaming(case, directory)
+        assert report.failures == ()
+        streamed = {row.name: row for row in report.rows}
+        for name in ("layers.1.output", "layers.1.ssm_state", "logits", "gradient.embed", "gradient.calls.1.linear"):
+            assert streamed[name].size == pytest.approx(whole[name].size, rel=1e-6)
+    assert "gradient.calls.1.block.mlp.gate" in streamed
+
+
+def test_a_wrong_model_fails_and_the_command_says_so(monkeypatch, tmp_path, capsys):
+    save_hf(random_model(SMALL, seed=0), tmp_path / "model")
+    real_rotate = shared.rotate
+    monkeypatch.setattr(shared, "rotate", lambda x, positions, base: real_rotate(x, positions, base * 1.01))
+    options = Parity(model=tmp_path / "model", seq=9, new_tokens=2, json=tmp_path / "report.json")
+    assert options.run() == 1
+    assert "beyond the limits" in capsys.readouterr().out
+    (report,) = json.loads((tmp_path / "report.json").read_text())
+    assert any("logits" in failure for failure in report["failures"])
+
+
+def test_the_command_succeeds_on_a_checkpoint_and_prints_every_row(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    save_hf(random_model(SMALL, seed=0), tmp_path / "model")
+    assert Parity(model=tmp_path / "model", seq=9, new_tokens=2).run() == 0
+    printed = capsys.readouterr().out
+    for word in (
+        "embed",
+        "layers.1.output",
+        "conv_state",
+        "ssm_state",
+        "logits",
+        "loss",
+        "gradient.layers.0.mamba.in_z",
+    ):
+        assert word in printed
+    assert "0% differ" in printed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"preset": "zamba2-9b"}, "zamba2-9b.*unknown"),
+        ({"variants": ("nope",)}, "nope.*unknown"),
+        ({"preset": "zamba2-1.2b", "seq": 0}, "--seq 0"),
+        ({"streaming": True}, "--streaming needs"),
+        ({"preset": "zamba2-1.2b", "variants": ("untied-head",)}, "excludes"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_runs(options, message):
+    with pytest.raises(ValueError, match=message):
+        Parity(**options).run()
+
+
+def test_a_clamped_time_step_has_no_reference():
+    config = dataclasses.replace(Zamba2Config.preset("zamba2-tiny"), time_step_limit=(0.01, math.inf))
+    with pytest.raises(ValueError, match="time_step_limit"):
+        check(Case("clamped", config))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"preset": "zamba2-1.2b"}, {"preset": "zamba2-7b", "streaming": True}])
+def test_released_sizes_are_within_the_limits(options):
+    assert Parity(**options, seq=128).run() == 0
+
+
+def test_random_weights_are_the_same_for_the_same_seed_and_never_neutral():
+    first, again, other = (random_model(SMALL, seed) for seed in (0, 0, 1))
+    assert np.array_equal(first.layers[0].mamba.in_z[...], again.layers[0].mamba.in_z[...])
+    assert not np.array_equal(first.layers[0].mamba.in_z[...], other.layers[0].mamba.in_z[...])
+    assert np.ptp(first.layers[0].norm[...]) > 0.5
+    assert np.ptp(first.layers[0].mamba.conv_bc_bias[...]) > 0.5

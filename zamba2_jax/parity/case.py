@@ -1,0 +1,110 @@
+"""What parity is checked on: architectures, token batches and random weights."""
+
+import dataclasses
+import zlib
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from zamba2_jax.checkpoint.layout import Tensor
+from zamba2_jax.config import Zamba2Config
+from zamba2_jax.typing import Float, Int
+
+FIRST_TOKEN = 3
+"""Random tokens start here: PyTorch gives the padding token's embedding no gradient, whatever it was used for."""
+
+
+class Batch(NamedTuple):
+    """Tokens, and where they are padding.
+
+    Attributes:
+        tokens: ids.
+        segment_ids: 1, and 0 at padding; None where there is none.
+    """
+
+    tokens: Int[np.ndarray, "b t"]
+    segment_ids: Int[np.ndarray, "b t"] | None
+
+    @property
+    def real(self) -> np.ndarray:
+        """True but at padding, [b, t]."""
+        return np.ones(self.tokens.shape, bool) if self.segment_ids is None else self.segment_ids != 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """An architecture and the shape of a batch to run it on.
+
+    Attributes:
+        name: of the case.
+        config: the architecture.
+        batch: rows.
+        seq: tokens per row.
+        left_padding: padding at the start of each row; none by default.
+    """
+
+    name: str
+    config: Zamba2Config
+    batch: int = 2
+    seq: int = 45
+    left_padding: tuple[int, ...] = ()
+
+    def tokens(self, seed: int) -> Batch:
+        """A random batch."""
+        rng = np.random.default_rng(seed)
+        tokens = rng.integers(FIRST_TOKEN, self.config.vocab_size, (self.batch, self.seq), np.int32)
+        if not self.left_padding:
+            return Batch(tokens, None)
+        real = np.arange(self.seq) >= np.array(self.left_padding)[:, None]
+        return Batch(np.where(real, tokens, 0), real.astype(np.int32))
+
+
+def random_tensor(tensor: Tensor, seed: int) -> Float[np.ndarray, "..."]:
+    """Random values for one tensor of a checkpoint, float32, the same for the same name and seed.
+
+    At no place is a value neutral, as fresh parameters often are: scales differ from 1 and biases from 0.
+    """
+    rng = np.random.Generator(np.random.SFC64([seed, zlib.crc32(tensor.name.encode())]))
+    values = rng.random(tensor.shape, np.float32)
+    values -= 0.5
+    kind = tensor.name.rsplit(".", 1)[-1]
+    if len(tensor.shape) > 1:
+        # Deviation 1/2 / sqrt(fan-in): larger ones make a model so chaotic that its rounding errors are a lottery.
+        values *= np.float32(0.5 * (12 / tensor.shape[-1]) ** 0.5)
+    elif kind == "A_log":
+        values += np.log(1 + np.arange(len(values), dtype=np.float32))
+    elif kind == "dt_bias":
+        values = values * 6 - 4  # softplus of it from 0.0009 to 0.3
+    elif kind == "D" or "norm" in tensor.name:
+        values += 1
+    return values
+
+
+def _variants() -> dict[str, Case]:
+    base = dataclasses.replace(Zamba2Config.preset("zamba2-tiny"), num_layers=5, hybrid_layer_ids=(1, 2, 4))
+    changes: dict[str, dict[str, Any]] = {
+        "1.2b-miniature": {"num_shared_blocks": 1, "ngroups": 1, "d_state": 20, "hybrid_layer_ids": (1, 3)},
+        "2.7b-miniature": {"ngroups": 1, "hybrid_layer_ids": (0, 1, 3), "attention_adapters": False, "use_rope": False},
+        "7b-miniature": {"hybrid_layer_ids": (0, 1, 3), "attention_adapters": False},
+        "four-groups": {"hidden_size": 32, "mamba_heads": 8, "ngroups": 4},
+        "small-heads-large-state": {"mamba_heads": 12, "d_state": 28},
+        "grouped-kv-heads": {"kv_heads": 2, "attention_adapters": False},
+        "no-rope": {"use_rope": False},
+        "three-blocks": {"num_shared_blocks": 3, "hybrid_layer_ids": (0, 1, 3, 4)},
+        "hybrid-first": {"hybrid_layer_ids": (0, 2)},
+        "consecutive-hybrids": {"hybrid_layer_ids": (1, 2, 3)},
+        "hybrid-last": {"hybrid_layer_ids": (2, 4)},
+        "linear-biases": {"add_bias_linear": True},
+        "untied-head": {"tie_embeddings": False},
+    }
+    cases = [Case(name, dataclasses.replace(base, **change)) for name, change in changes.items()]
+    cases += [
+        Case("long-context-rope", base.with_long_context()),
+        Case("many-chunks", base, batch=1, seq=201),
+        Case("left-padding", base, batch=4, seq=37, left_padding=(0, 5, 21, 1)),
+    ]
+    return {case.name: case for case in cases}
+
+
+VARIANTS = _variants()
+"""Small cases that between them cover every branch of the architecture."""

@@ -1,0 +1,168 @@
+"""Runs both sides and the oracle on one case, and gives a verdict."""
+
+import dataclasses
+import gc
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from zamba2_jax.checkpoint.hf import load_hf, save_hf
+from zamba2_jax.checkpoint.layout import tensors
+from zamba2_jax.config import Zamba2Config
+from zamba2_jax.model.parameter import with_values
+from zamba2_jax.model.zamba2 import Zamba2
+from zamba2_jax.parity import ours, reference
+from zamba2_jax.parity.case import Case, random_tensor
+from zamba2_jax.parity.evidence import GROUPS, Evidence, Items, Row, compare, summarize
+from zamba2_jax.parity.layerwise import ORACLE, evidence, parts_of, with_x64
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a side may differ by.
+
+    Attributes:
+        logits: largest relative error of our logits against PyTorch's.
+        gradient: largest relative error of our gradient of any one parameter against PyTorch's.
+        ratio: our error against the oracle over PyTorch's, for every kind of evidence.
+        exact: an error against the oracle below this is exact enough, whatever PyTorch's is.
+        greedy: whether greedy tokens must be the same.
+    """
+
+    logits: float
+    gradient: float
+    ratio: float
+    exact: float
+    greedy: bool
+
+
+def limits_for(dtype: str, *, full: bool) -> Limits:
+    """The limits for a compute dtype; `full`: a model of a released size, which sums more numbers."""
+    if dtype == "float32":
+        return Limits(logits=1e-4 if full else 2e-5, gradient=1e-4, ratio=1.2, exact=1.2e-7, greedy=True)
+    return Limits(logits=np.inf, gradient=np.inf, ratio=1.2, exact=2.0**-9, greedy=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a check found.
+
+    Attributes:
+        case: the name of the case.
+        rows: every comparison.
+        failures: what was beyond the limits, a line each; none if the sides agree.
+    """
+
+    case: str
+    rows: tuple[Row, ...]
+    failures: tuple[str, ...]
+
+    @property
+    def groups(self) -> list[Row]:
+        """One row for each kind of evidence."""
+        summaries = [summarize(self.rows, group) for group in GROUPS]
+        return [row for row in summaries if row is not None]
+
+
+def check(
+    case: Case, directory: Path | None = None, *, dtype: str = "float32", new_tokens: int = 16, seed: int = 0
+) -> Report:
+    """Runs a whole model in both frameworks, and in float64.
+
+    Args:
+        case: the architecture and the shape of the batch.
+        directory: a checkpoint of that architecture; by default random weights are written to one and read back by
+            both sides.
+        dtype: compute dtype of both sides, "float32" or "bfloat16".
+        new_tokens: length of the greedy continuation.
+        seed: of weights and tokens.
+
+    Raises:
+        ValueError: the architecture is one transformers cannot run, or it did not take the checkpoint whole.
+    """
+    reference.reference_config(case.config, reference.CHUNK_SIZE)
+    batch = case.tokens(seed)
+    with tempfile.TemporaryDirectory(prefix="zamba2-parity-") as name:
+        scratch = Path(name)
+        if directory is None:
+            directory = scratch / "checkpoint"
+            save_hf(random_model(case.config, seed), directory, dtype=dtype)
+        theirs, our = Evidence(scratch / "torch"), Evidence(scratch / "ours")
+
+        model = reference.load(directory, case.config, dtype, reference.CHUNK_SIZE)
+        theirs.add(reference.forward(model, batch))
+        their_tokens = reference.greedy(model, batch, new_tokens)
+        for items in reference.gradients(model, case.config, batch):
+            theirs.add(items)
+        del model
+        gc.collect()
+
+        jax_model = load_hf(directory, dtype=dtype)
+        our.add(ours.forward(jax_model, batch))
+        our_tokens = ours.greedy(jax_model, batch, new_tokens)
+        for items in ours.gradients(jax_model, batch):
+            our.add(items)
+        jax.clear_caches()
+        gc.collect()
+
+        oracle = evidence(case.config, *parts_of(jax_model), batch, ORACLE, sum_calls=True)
+        rows = [row for items in with_x64(oracle) for row in compare_items(our, theirs, items)]
+    unseen = (set(our.names) | set(theirs.names)) - {row.name for row in rows}
+    if unseen:
+        raise ValueError(f"{case.name}: the oracle has no {sorted(unseen)}")
+    rows.append(compare_tokens(our_tokens, their_tokens))
+    full = case.config.hidden_size >= 1024
+    return report(case.name, rows, limits_for(dtype, full=full))
+
+
+def random_model(config: Zamba2Config, seed: int) -> Zamba2:
+    """A model of the weights of `case.random_tensor`."""
+    values = {
+        path: jnp.asarray(array)
+        for tensor in tensors(config)
+        for path, array in tensor.split(random_tensor(tensor, seed)).items()
+    }
+    return with_values(jax.eval_shape(lambda: Zamba2(config, rngs=nnx.Rngs(0))), values)
+
+
+def compare_items(our: Evidence | Items, theirs: Evidence | Items, oracle: Items) -> Iterable[Row]:
+    """Compares every array of the oracle with both sides'."""
+    for name, array in oracle.items():
+        yield compare(name, _group(name), our[name], theirs[name], array)
+
+
+def compare_tokens(our: np.ndarray, their: np.ndarray) -> Row:
+    """Greedy tokens as evidence: the share that differs."""
+    differ = float(np.mean(our != their))
+    return Row("greedy", "greedy", differ, differ, 0.0, 0.0, 1.0)
+
+
+def report(case: str, rows: Iterable[Row], limits: Limits) -> Report:
+    """The rows, and which of them, or which kind of them as a whole, is beyond the limits."""
+    rows = tuple(sorted(rows, key=lambda row: GROUPS.index(row.group)))
+    by_group = {"logits": limits.logits, "gradient": limits.gradient, "greedy": 0.0 if limits.greedy else 1.0}
+    failures = []
+    for row in rows:
+        limit = by_group.get(row.group, np.inf)
+        if not row.relative <= limit:
+            failures.append(f"{row.name}: relative error {row.relative:.1e}, at most {limit:.0e} allowed")
+    for group in GROUPS:
+        whole = summarize(rows, group)
+        if whole is not None and not whole.our_error <= max(limits.ratio * whole.torch_error, limits.exact):
+            failures.append(
+                f"{group}: error against float64 {whole.our_error:.2e}, "
+                f"more than {limits.ratio} times PyTorch's {whole.torch_error:.2e}"
+            )
+    return Report(case, rows, tuple(failures))
+
+
+def _group(name: str) -> str:
+    if name.startswith("gradient."):
+        return "gradient"
+    kind = name.rsplit(".", 1)[-1]
+    return "layer" if kind == "output" else kind

@@ -1,0 +1,113 @@
+"""What the two sides computed, kept on disk, and how far they are from each other and from the oracle."""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+GROUPS = ("embed", "layer", "conv_state", "ssm_state", "logits", "loss", "gradient", "greedy")
+"""Kinds of evidence, in the order in which they are reported."""
+
+Items = Mapping[str, np.ndarray]
+"""Some named arrays."""
+
+
+class Evidence:
+    """Named arrays in a directory, float64 kept and all else as float32; read back by mapping."""
+
+    def __init__(self, directory: Path):
+        directory.mkdir(parents=True)
+        self._directory = directory
+        self.names: list[str] = []
+
+    def add(self, items: Items) -> None:
+        """Stores arrays under their names."""
+        for name, array in items.items():
+            dtype = np.float64 if array.dtype == np.float64 else np.float32
+            np.save(self._directory / f"{len(self.names)}.npy", np.asarray(array, dtype))
+            self.names.append(name)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return np.load(self._directory / f"{self.names.index(name)}.npy", mmap_mode="r")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Errors are norms over the whole array: `relative` is |ours - torch| / |torch|, the two `..._error` are
+    |side - oracle| / |oracle|.
+
+    Attributes:
+        name: what is compared.
+        group: one of `GROUPS`.
+        max_error: largest absolute difference of ours and PyTorch's.
+        relative: error of ours against PyTorch's.
+        our_error, torch_error: errors of both against the float64 oracle.
+        size: the oracle's norm.
+    """
+
+    name: str
+    group: str
+    max_error: float
+    relative: float
+    our_error: float
+    torch_error: float
+    size: float
+
+
+def compare(name: str, group: str, ours: np.ndarray, torch: np.ndarray, oracle: np.ndarray) -> Row:
+    """Compares one array of both sides and the oracle, a slab at a time.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if not ours.shape == torch.shape == oracle.shape:
+        raise ValueError(f"{name}: ours has shape {ours.shape}, PyTorch's {torch.shape}, the oracle {oracle.shape}")
+    squares, largest = np.zeros(5), 0.0
+    slab = max(1, 2**22 // max(1, math.prod(oracle.shape[1:])))
+    for start in range(0, len(np.atleast_1d(oracle)), slab):
+        a, b, c = (np.atleast_1d(x)[start : start + slab].astype(np.float64) for x in (ours, torch, oracle))
+        differences = (a - b, a - c, b - c)
+        squares += [np.vdot(x, x) for x in (*differences, b, c)]
+        largest = max(largest, float(np.abs(differences[0]).max(initial=0)))
+        if not np.isfinite(squares).all():
+            return Row(name, group, math.nan, math.nan, math.nan, math.nan, math.nan)
+    between, our_error, torch_error, torch_size, size = np.sqrt(squares).tolist()
+    ratio = _ratio(between, torch_size), _ratio(our_error, size), _ratio(torch_error, size)
+    return Row(name, group, largest, *ratio, size)
+
+
+def summarize(rows: Iterable[Row], group: str) -> Row | None:
+    """The rows of a group as one: the largest differences, and the errors of all its arrays as if they were one."""
+    rows = [row for row in rows if row.group == group]
+    if not rows:
+        return None
+    size = math.hypot(*(row.size for row in rows))
+    our_error = math.hypot(*(row.our_error * row.size for row in rows))
+    torch_error = math.hypot(*(row.torch_error * row.size for row in rows))
+    return Row(
+        group if len(rows) == 1 else f"{group} ({len(rows)})",
+        group,
+        _worst(row.max_error for row in rows),
+        _worst(row.relative for row in rows),
+        _ratio(our_error, size),
+        _ratio(torch_error, size),
+        size,
+    )
+
+
+def _worst(values: Iterable[float]) -> float:
+    """The maximum; NaN if any is."""
+    return float(np.max(list(values)))
+
+
+def _ratio(error: float, size: float) -> float:
+    if size:
+        return error / size
+    return 0.0 if error == 0 else math.inf

@@ -1,0 +1,217 @@
+"""The model one layer at a time, forward and backward, in any precision: the float64 oracle, and models of any size."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from zamba2_jax.config import LayerPlan, Zamba2Config
+from zamba2_jax.model.mamba import MambaLayer
+from zamba2_jax.model.parameter import named_parameters
+from zamba2_jax.model.shared import SharedBlock, SharedCall
+from zamba2_jax.model.zamba2 import Zamba2
+from zamba2_jax.ops.linear import linear
+from zamba2_jax.ops.norm import rms_norm
+from zamba2_jax.ops.segments import document_positions
+from zamba2_jax.ops.ssd import Implementation
+from zamba2_jax.parity.case import Batch
+from zamba2_jax.parity.evidence import Items
+from zamba2_jax.typing import Array, DTypeLike, cast_matrices
+
+
+class Precision(NamedTuple):
+    """How a side computes.
+
+    Attributes:
+        dtype: compute dtype; "float64" wants `with_x64`.
+        implementation: of the scan; see `ops.ssd`.
+    """
+
+    dtype: DTypeLike
+    implementation: Implementation
+
+
+ORACLE = Precision("float64", "sequential")
+
+
+class Parts(NamedTuple):
+    """The modules that run at one layer; block and call are None at a plain one."""
+
+    layer: MambaLayer
+    block: SharedBlock | None
+    call: SharedCall | None
+
+
+class Ends(NamedTuple):
+    """The parameters before and after the layers; head is None where it is tied."""
+
+    embed: Array
+    norm: Array
+    head: Array | None
+
+
+def parts_of(model: Zamba2) -> tuple[Ends, Callable[[LayerPlan], Parts]]:
+    """A whole model as `evidence` takes it."""
+
+    def parts(row: LayerPlan) -> Parts:
+        if row.hybrid is None:
+            return Parts(model.layers[row.layer], None, None)
+        return Parts(model.layers[row.layer], model.shared[row.hybrid.block], model.calls[row.hybrid.call])
+
+    return Ends(model.embed[...], model.norm[...], None if model.head is None else model.head[...]), parts
+
+
+def with_x64(items: Iterator[Items]) -> Iterator[Items]:
+    """Runs every step of a generator, and nothing between them, with 64-bit types."""
+    while True:
+        with jax.enable_x64(True):
+            step = next(items, None)
+        if step is None:
+            return
+        yield step
+
+
+def evidence(
+    config: Zamba2Config,
+    ends: Ends,
+    parts: Callable[[LayerPlan], Parts],
+    batch: Batch,
+    precision: Precision,
+    *,
+    sum_calls: bool,
+) -> Iterator[Items]:
+    """All that parity compares but the greedy continuation: forward layer by layer, then backward.
+
+    Args:
+        config: the architecture.
+        ends: the parameters outside the layers.
+        parts: gives the modules of a layer; asked once on the way forth and once back.
+        batch: the tokens.
+        precision: to compute in.
+        sum_calls: whether the gradient of a shared block is summed over its calls, and given at the end; else each
+            call's share is given by itself, as "gradient.calls.i.block", and memory holds one of them at a time.
+    """
+    real = batch.real[..., None]
+    segment_ids = None if batch.segment_ids is None else jnp.asarray(batch.segment_ids)
+    tokens = jnp.asarray(batch.tokens)
+    h = embedded = cast_matrices(ends.embed[tokens], precision.dtype)
+    yield {"embed": np.asarray(h) * real}
+    inputs = []
+    for row in config.layer_plan:
+        inputs.append(h)
+        h, state = _forward(parts(row), h, embedded, segment_ids, precision)
+        at = f"layers.{row.layer}"
+        conv_state = np.concatenate([state.conv_x, state.conv_bc], axis=-1).swapaxes(1, 2)  # as PyTorch keeps it
+        states = {f"{at}.conv_state": conv_state, f"{at}.ssm_state": np.asarray(state.ssm)}
+        yield {f"{at}.output": np.asarray(h) * real} | states
+
+    loss, logits, (cotangent, d_norm, d_matrix) = _head(config.rms_norm_eps, ends, h, tokens, segment_ids, precision)
+    yield {"logits": np.asarray(logits) * real}
+    if tokens.shape[1] == 1:
+        return
+    yield {"loss": np.asarray(loss), "gradient.norm": np.asarray(d_norm)}
+    if ends.head is not None:
+        yield {"gradient.head": np.asarray(d_matrix)}
+
+    d_embedded = jnp.zeros_like(embedded)
+    d_shared: dict[int, SharedBlock] = {}
+    for row, h in zip(reversed(config.layer_plan), reversed(inputs), strict=True):
+        layer, block, call = parts(row)
+        given = _shared_term(block, call, h, embedded, segment_ids, precision)
+        d_layer, cotangent, d_given = _mamba_backward(layer, h, given, segment_ids, cotangent, precision)
+        yield _gradients(f"layers.{row.layer}", d_layer)
+        if row.hybrid is None:
+            continue
+        d_block, d_call, d_h, d_e = _shared_backward(block, call, h, embedded, segment_ids, d_given, precision)
+        cotangent, d_embedded = cotangent + d_h, d_embedded + d_e
+        yield _gradients(f"calls.{row.hybrid.call}", d_call)
+        b = row.hybrid.block
+        if not sum_calls:
+            yield _gradients(f"calls.{row.hybrid.call}.block", d_block)
+        else:
+            d_shared[b] = d_block if b not in d_shared else jax.tree.map(jnp.add, d_shared[b], d_block)
+    for b, d_block in d_shared.items():
+        yield _gradients(f"shared.{b}", d_block)
+    d_embed = jnp.zeros(ends.embed.shape, embedded.dtype).at[tokens].add(d_embedded + cotangent)
+    yield {"gradient.embed": np.asarray(d_embed if ends.head is not None else d_embed + d_matrix.T)}
+
+
+@partial(jax.jit, static_argnames="precision")
+def _forward(parts: Parts, h: Array, embedded: Array, segment_ids: Array | None, precision: Precision):
+    given = _shared_term(parts.block, parts.call, h, embedded, segment_ids, precision)
+    layer = cast_matrices(parts.layer, precision.dtype)
+    return layer(h, given, None, segment_ids, implementation=precision.implementation)
+
+
+@partial(jax.jit, static_argnames="precision")
+def _shared_term(
+    block: SharedBlock | None,
+    call: SharedCall | None,
+    h: Array,
+    embedded: Array,
+    segment_ids: Array | None,
+    precision: Precision,
+) -> Array | None:
+    if block is None or call is None:
+        return None
+    block, call = cast_matrices((block, call), precision.dtype)
+    t = h.shape[1]
+    positions = jnp.arange(t)[None] if segment_ids is None else document_positions(segment_ids)
+    return block(h, embedded, call, jnp.broadcast_to(positions, h.shape[:2]), segment_ids)[0]
+
+
+@partial(jax.jit, static_argnames=("eps", "precision"))
+def _head(eps: float, ends: Ends, h: Array, tokens: Array, segment_ids: Array | None, precision: Precision):
+    """The loss, the logits, and the loss's gradients in h, the final norm and the output matrix."""
+
+    def run(h: Array, norm: Array, matrix: Array) -> tuple[Array, Array]:
+        logits = linear(rms_norm(h, norm, eps), matrix)
+        log_p = jax.nn.log_softmax(logits[:, :-1].astype(jnp.promote_types(logits.dtype, jnp.float32)))
+        predicted = jnp.ones(tokens[:, 1:].shape, bool)
+        if segment_ids is not None:
+            predicted = (segment_ids[:, 1:] != 0) & (segment_ids[:, :-1] != 0)
+        picked = jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=-1)[..., 0]
+        return -jnp.sum(picked * predicted) / jnp.maximum(predicted.sum(), 1), logits
+
+    matrix = ends.embed.T if ends.head is None else ends.head
+    norm, matrix = cast_matrices((ends.norm, matrix), precision.dtype)
+    (loss, logits), gradients = jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True)(h, norm, matrix)
+    return loss, logits, gradients
+
+
+@partial(jax.jit, static_argnames="precision")
+def _mamba_backward(
+    layer: MambaLayer, h: Array, given: Array | None, segment_ids: Array | None, cotangent: Array, precision: Precision
+):
+    """Gradients in the layer's parameters, in h and in what the shared block gave."""
+
+    def run(layer: MambaLayer, h: Array, given: Array | None) -> Array:
+        return layer(h, given, None, segment_ids, implementation=precision.implementation)[0]
+
+    return jax.vjp(run, cast_matrices(layer, precision.dtype), h, given)[1](cotangent)
+
+
+@partial(jax.jit, static_argnames="precision")
+def _shared_backward(
+    block: SharedBlock,
+    call: SharedCall,
+    h: Array,
+    embedded: Array,
+    segment_ids: Array | None,
+    cotangent: Array,
+    precision: Precision,
+):
+    """Gradients in the block's and the call's parameters, in h and in the embeddings."""
+
+    def run(block: SharedBlock, call: SharedCall, h: Array, embedded: Array) -> Array | None:
+        return _shared_term(block, call, h, embedded, segment_ids, precision)
+
+    return jax.vjp(run, *cast_matrices((block, call), precision.dtype), h, embedded)[1](cotangent)
+
+
+def _gradients(prefix: str, module: MambaLayer | SharedBlock | SharedCall) -> Items:
+    named = named_parameters(module).items()
+    return {f"gradient.{prefix}.{name}": np.asarray(parameter[...]) for name, parameter in named}

@@ -1,0 +1,57 @@
+"""Our side, through the public functions: what a user runs is what is compared."""
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from zamba2_jax.generate.decode import generate
+from zamba2_jax.model.loss import next_token_loss
+from zamba2_jax.model.parameter import named_parameters
+from zamba2_jax.model.tap import capture
+from zamba2_jax.model.zamba2 import Zamba2
+from zamba2_jax.parity.case import Batch
+from zamba2_jax.parity.evidence import Items
+
+
+def forward(model: Zamba2, batch: Batch) -> Items:
+    """Embeddings, layer outputs, states after the last token, and logits."""
+    layers = [f"layers.{i}" for i in range(model.config.num_layers)]
+    states = ("mamba.conv_x_state", "mamba.conv_bc_state", "mamba.ssm_state")
+    select = ("embed", *(f"{layer}.output" for layer in layers), *(f"{layer}.{s}" for layer in layers for s in states))
+
+    @jax.jit
+    def run(model: Zamba2, tokens: jax.Array, segment_ids: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return capture(model, tokens, select=select, segment_ids=segment_ids)
+
+    logits, captured = run(model, batch.tokens, batch.segment_ids)
+    real = batch.real[..., None]
+    items = {name: np.asarray(captured[name], np.float32) * real for name in select if name.endswith(("d", "output"))}
+    for layer in layers:
+        x, bc, ssm = (np.asarray(captured[f"{layer}.{state}"], np.float32) for state in states)
+        items[f"{layer}.conv_state"] = np.concatenate([x, bc], axis=-1).swapaxes(1, 2)
+        items[f"{layer}.ssm_state"] = ssm
+    return items | {"logits": np.asarray(logits, np.float32) * real}
+
+
+def gradients(model: Zamba2, batch: Batch) -> Iterator[Items]:
+    """The loss, and its gradient in every parameter."""
+    if batch.tokens.shape[1] == 1:
+        return
+
+    @jax.jit
+    def run(model: Zamba2, tokens: jax.Array, segment_ids: jax.Array | None) -> tuple[jax.Array, Zamba2]:
+        return jax.value_and_grad(lambda model: next_token_loss(model, tokens, segment_ids)[0])(model)
+
+    loss, gradient = run(model, batch.tokens, batch.segment_ids)
+    yield {"loss": np.asarray(loss)}
+    for name, parameter in named_parameters(gradient).items():
+        yield {f"gradient.{name}": np.asarray(parameter[...])}
+
+
+def greedy(model: Zamba2, batch: Batch, new_tokens: int) -> np.ndarray:
+    """The likeliest continuation of every row, [b, new_tokens], decoded with its cache."""
+    tokens = jnp.asarray(batch.tokens)
+    prompts = [np.asarray(row)[real].tolist() for row, real in zip(tokens, batch.real, strict=True)]
+    return np.array(generate(model, prompts, new_tokens))

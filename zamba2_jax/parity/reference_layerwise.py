@@ -1,0 +1,133 @@
+"""The PyTorch side one layer at a time: the counterpart of `parity.layerwise`."""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+import transformers
+from torch import nn
+from transformers.models.zamba2 import modeling_zamba2
+
+from zamba2_jax.checkpoint.layout import Tensor
+from zamba2_jax.config import LayerPlan, Zamba2Config
+from zamba2_jax.parity.case import Batch
+from zamba2_jax.parity.evidence import Items
+from zamba2_jax.parity.reference import numpy, reference_config, states
+
+CHUNK_SIZE = 64
+"""Of PyTorch's scan: what it is fastest with."""
+
+
+def evidence(
+    config: Zamba2Config,
+    ends: Callable[[], dict[Tensor, np.ndarray]],
+    parts: Callable[[LayerPlan], dict[Tensor, np.ndarray]],
+    batch: Batch,
+    dtype: torch.dtype,
+) -> Iterator[Items]:
+    """What `layerwise.evidence` gives without `sum_calls`, from the modules of transformers.
+
+    Args:
+        config: the architecture.
+        ends: gives the tensors outside the layers.
+        parts: gives the tensors of a layer, those of the shared block it calls among them; asked twice per layer.
+        batch: the tokens, without padding.
+        dtype: to compute in.
+    """
+    hf = reference_config(config, CHUNK_SIZE)
+    hf._attn_implementation = "sdpa"
+    tokens = torch.from_numpy(np.asarray(batch.tokens)).long()
+    outer = {tensor.name: torch.from_numpy(array).to(dtype) for tensor, array in ends().items()}
+    embed, norm = outer["model.embed_tokens.weight"], outer["model.final_layernorm.weight"]
+    matrix = outer.get("lm_head.weight", embed)
+    rotary = None
+    if config.use_rope:
+        positions = torch.arange(tokens.shape[1])[None]
+        rotary = modeling_zamba2.Zamba2RotaryEmbedding(hf)(embed, positions)
+
+    def run(module: nn.Module, row: LayerPlan, h: torch.Tensor, e: torch.Tensor, cache: transformers.Cache | None):
+        mask = torch.full((1, 1, *[tokens.shape[1]] * 2), -torch.inf, dtype=dtype).triu(1)
+        return module(h, e, row.layer, None, mask, position_embeddings=rotary, past_key_values=cache)
+
+    h = embedded = embed[tokens]
+    yield {"embed": numpy(h)}
+    inputs = []
+    for row in config.layer_plan:
+        inputs.append(h)
+        cache = transformers.DynamicCache(config=hf)
+        with torch.no_grad():
+            h = run(_module(config, hf, row, parts(row), dtype), row, h, embedded, cache)
+        yield {f"layers.{row.layer}.output": numpy(h), **states(hf, cache, row.layer)}
+
+    leaves = [tensor.clone().requires_grad_() for tensor in (h, norm, matrix)]
+    logits, loss = _head(config, leaves[0], leaves[1], leaves[2], tokens)
+    loss.backward()
+    cotangent, d_norm, d_matrix = (leaf.grad for leaf in leaves)
+    yield {"logits": numpy(logits)}
+    yield {"loss": numpy(loss), "gradient.norm": numpy(d_norm)}
+    if not config.tie_embeddings:
+        yield {"gradient.head": numpy(d_matrix).T}
+
+    d_embedded = torch.zeros_like(embedded)
+    for row, h in zip(reversed(config.layer_plan), reversed(inputs), strict=True):
+        tensors = parts(row)
+        module = _module(config, hf, row, tensors, dtype)
+        h, e = h.clone().requires_grad_(), embedded.clone().requires_grad_()
+        run(module, row, h, e, None).backward(cotangent)
+        cotangent = h.grad
+        yield from _gradients(module, row, tensors)
+        if row.hybrid is not None:
+            d_embedded += e.grad
+    d_embed = torch.zeros_like(embed).index_put_((tokens,), d_embedded + cotangent, accumulate=True)
+    yield {"gradient.embed": numpy(d_embed if not config.tie_embeddings else d_embed + d_matrix)}
+
+
+def _module(
+    config: Zamba2Config,
+    hf: transformers.Zamba2Config,
+    row: LayerPlan,
+    tensors: dict[Tensor, np.ndarray],
+    dtype: torch.dtype,
+) -> nn.Module:
+    """One layer, plain or hybrid, on the given tensors."""
+    with torch.device("meta"):
+        module: nn.Module = modeling_zamba2.Zamba2MambaDecoderLayer(hf, row.layer)
+        if row.hybrid is not None:
+            block = modeling_zamba2.Zamba2AttentionDecoderLayer(hf, block_id=row.hybrid.block)
+            linear = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+            module = modeling_zamba2.Zamba2HybridLayer(block, linear, module)
+    values = {_inner_name(tensor): torch.from_numpy(array).to(dtype) for tensor, array in tensors.items()}
+    missing, unexpected = module.load_state_dict(values, strict=False, assign=True)
+    unread = [name for name in missing if "_adapter_list." not in name]  # of the block's other calls
+    if unread or unexpected:
+        raise ValueError(f"layer {row.layer}: transformers misses {unread} and does not expect {unexpected}")
+    return module.eval()
+
+
+def _gradients(module: nn.Module, row: LayerPlan, tensors: dict[Tensor, np.ndarray]) -> Iterator[Items]:
+    """Those of the Mamba2 layer, of the call, and of the call's share in the block, as `layerwise` groups them."""
+    parameters = dict(module.named_parameters())
+    groups: dict[str, dict[str, np.ndarray]] = {"layers": {}, "calls": {}, "shared": {}}
+    for tensor in tensors:
+        gradient = parameters[_inner_name(tensor)].grad
+        assert gradient is not None
+        for path, array in tensor.split(numpy(gradient)).items():
+            kind, _, rest = path.split(".", 2)
+            name = path if kind != "shared" or row.hybrid is None else f"calls.{row.hybrid.call}.block.{rest}"
+            groups[kind][f"gradient.{name}"] = array
+    yield from (group for group in groups.values() if group)
+
+
+def _inner_name(tensor: Tensor) -> str:
+    """The name within the layer: "mamba.A_log" for "model.layers.3.mamba.A_log"."""
+    return tensor.name.split(".", 3)[3]
+
+
+def _head(
+    config: Zamba2Config, h: torch.Tensor, norm: torch.Tensor, matrix: torch.Tensor, tokens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    final = modeling_zamba2.Zamba2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+    del final.weight
+    final.weight = norm
+    logits = nn.functional.linear(final(h), matrix)
+    return logits, nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten())

@@ -1,0 +1,142 @@
+"""Parity of a model that does not fit: layer after layer through both frameworks and the oracle, side by side."""
+
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import torch
+from flax import nnx
+from safetensors import safe_open
+
+from zamba2_jax.checkpoint.hf import find_entries, match
+from zamba2_jax.checkpoint.layout import Tensor, tensors
+from zamba2_jax.config import LayerPlan, Zamba2Config
+from zamba2_jax.model.mamba import MambaLayer
+from zamba2_jax.model.parameter import ModuleT, with_values
+from zamba2_jax.model.shared import SharedBlock, SharedCall
+from zamba2_jax.parity import layerwise, reference_layerwise
+from zamba2_jax.parity.case import Case, random_tensor
+from zamba2_jax.parity.check import Report, compare_items, compare_tokens, limits_for, report
+from zamba2_jax.parity.evidence import Row
+
+Read = Callable[[Tensor], np.ndarray]
+"""Gives the values of a tensor, float32."""
+
+
+def check_streaming(
+    case: Case,
+    directory: Path | None = None,
+    *,
+    dtype: str = "float32",
+    seed: int = 0,
+    progress: Callable[[str], None] = lambda line: None,
+) -> Report:
+    """Runs a model in both frameworks and in float64, holding one layer and the shared blocks at a time.
+
+    The gradient of a shared block is compared call by call. In place of a greedy continuation, which would stream
+    the model anew for every token, the likeliest next token is compared after every token of the batch.
+
+    Args:
+        case: the architecture and the shape of the batch, without padding.
+        directory: a checkpoint of that architecture; random weights by default, made anew for every layer.
+        dtype: compute dtype of both sides, "float32" or "bfloat16".
+        seed: of weights and tokens.
+        progress: is told what is being compared.
+
+    Raises:
+        ValueError: the case has padding, the checkpoint is not one of the architecture, or transformers cannot run it.
+    """
+    if case.left_padding:
+        raise ValueError(f"left_padding={case.left_padding}: expected none when streaming")
+    weights = _Weights(case.config, _reader(case.config, directory, seed, dtype))
+    batch = case.tokens(seed)
+    sides = layerwise.Precision(dtype, "xla"), layerwise.ORACLE
+    our, oracle = (
+        layerwise.evidence(case.config, weights.ends(), weights.parts, batch, precision, sum_calls=False)
+        for precision in sides
+    )
+    their = reference_layerwise.evidence(case.config, weights.outer, weights.layer, batch, getattr(torch, dtype))
+    rows: list[Row] = []
+    for a, b, c in zip(our, their, layerwise.with_x64(oracle), strict=True):
+        progress(next(iter(c)))
+        rows += compare_items(a, b, c)
+        if "logits" in c:
+            rows.append(compare_tokens(a["logits"].argmax(-1), b["logits"].argmax(-1)))
+        del a, b, c
+    return report(case.name, rows, limits_for(dtype, full=case.config.hidden_size >= 1024))
+
+
+class _Weights:
+    """The tensors of a model, read when they are needed; those of the last layer and of the shared blocks are kept."""
+
+    def __init__(self, config: Zamba2Config, read: Read):
+        self._config, self._read = config, read
+        self._table: dict[str, list[Tensor]] = {}
+        for tensor in tensors(config):
+            owner = ".".join(tensor.parts[0].path.split(".")[:2])
+            self._table.setdefault(owner if "." in owner else "", []).append(tensor)
+        self._block = lru_cache(maxsize=None)(self._read_all)
+        self.layer = lru_cache(maxsize=1)(self._layer)
+        self.parts = lru_cache(maxsize=1)(self._parts)
+
+    def outer(self) -> dict[Tensor, np.ndarray]:
+        """The tensors outside the layers."""
+        return self._read_all("")
+
+    def ends(self) -> layerwise.Ends:
+        """The same as `layerwise` takes them."""
+        values = _split(self.outer())
+        return layerwise.Ends(values["embed"], values["norm"], values.get("head"))
+
+    def _layer(self, row: LayerPlan) -> dict[Tensor, np.ndarray]:
+        """All tensors of a layer."""
+        values = self._read_all(f"layers.{row.layer}")
+        if row.hybrid is not None:
+            values |= self._read_all(f"calls.{row.hybrid.call}") | self._block(f"shared.{row.hybrid.block}")
+        return values
+
+    def _parts(self, row: LayerPlan) -> layerwise.Parts:
+        """The same as modules."""
+        values = _split(self.layer(row))
+        block = call = None
+        if row.hybrid is not None:
+            block = self._module(SharedBlock, values, f"shared.{row.hybrid.block}.")
+            call = self._module(SharedCall, values, f"calls.{row.hybrid.call}.")
+        return layerwise.Parts(self._module(MambaLayer, values, f"layers.{row.layer}."), block, call)
+
+    def _module(self, kind: Callable[..., ModuleT], values: dict[str, jax.Array], prefix: str) -> ModuleT:
+        own = {path.removeprefix(prefix): array for path, array in values.items() if path.startswith(prefix)}
+        return with_values(jax.eval_shape(lambda: kind(self._config, rngs=nnx.Rngs(0))), own)
+
+    def _read_all(self, owner: str) -> dict[Tensor, np.ndarray]:
+        return {tensor: self._read(tensor) for tensor in self._table[owner]}
+
+
+def _split(values: dict[Tensor, np.ndarray]) -> dict[str, jax.Array]:
+    return {path: jnp.asarray(part) for tensor, array in values.items() for path, part in tensor.split(array).items()}
+
+
+def _reader(config: Zamba2Config, directory: Path | None, seed: int, dtype: str) -> Read:
+    """Reads tensors of a checkpoint, or makes them at random; rounded to bfloat16 if that is what is computed in."""
+    entries = {}
+    if directory is not None:
+        found, problems = match(config, find_entries(directory))
+        if problems:
+            raise ValueError(f"{directory} is not a checkpoint of {config}:\n  " + "\n  ".join(problems))
+        entries = {tensor.name: entry for tensor, entry in found}
+
+    def read(tensor: Tensor) -> np.ndarray:
+        if directory is None:
+            values = random_tensor(tensor, seed)
+        else:
+            with safe_open(entries[tensor.name].file, framework="numpy") as file:
+                values = file.get_tensor(entries[tensor.name].name)
+        if dtype == "bfloat16":
+            values = values.astype(ml_dtypes.bfloat16)
+        return values.astype(np.float32, copy=False)
+
+    return read
