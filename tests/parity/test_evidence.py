@@ -6,7 +6,7 @@ import pytest
 from zamba2_jax.parity.check import Limits, report
 from zamba2_jax.parity.evidence import Evidence, Row, compare, summarize
 
-LIMITS = Limits(logits=1e-5, gradient=1e-4, ratio=1.2, exact=1e-7, greedy=True)
+LIMITS = Limits(logits=1e-5, gradient=1e-4, ratio=1.2, exact=1e-7, loss=1e-6, greedy=True)
 
 
 def row(group, relative=0.0, our_error=0.0, torch_error=0.0, size=1.0):

@@ -5,11 +5,13 @@ import importlib.util
 import json
 import sys
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.console import Console
+from rich.status import Status
 from rich.table import Table
 
 from zamba2_jax.config import Zamba2Config
@@ -42,6 +44,9 @@ class Parity:
     """Tokens per row, with --model or --preset."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What both sides compute in."""
+    precision: Literal["highest", "default"] = "highest"
+    """Of our float32 matrix products. On CPU, "default" is a tenth faster and sums as XLA does, 1.6 times less exactly
+    than PyTorch's MKL."""
     streaming: bool = False
     """Hold one layer at a time, for models that do not fit; with --model or --preset."""
     new_tokens: int = 16
@@ -102,12 +107,17 @@ class Parity:
         from zamba2_jax.parity.check import check
         from zamba2_jax.parity.streaming import check_streaming
 
-        if not self.streaming:
-            for case in cases:
-                yield check(case, self.model, dtype=self.dtype, new_tokens=self.new_tokens, seed=self.seed)
-            return
-        with Console(file=sys.stderr).status("streaming") as status:
-            yield check_streaming(cases[0], self.model, dtype=self.dtype, seed=self.seed, progress=status.update)
+        for case in cases:
+            with Console(file=sys.stderr).status(case.name) as status:
+
+                def progress(line: str, case: Case = case, status: Status = status) -> None:
+                    status.update(f"{case.name}: {line}")
+
+                run = check_streaming if self.streaming else partial(check, new_tokens=self.new_tokens)
+                report = run(
+                    case, self.model, dtype=self.dtype, precision=self.precision, seed=self.seed, progress=progress
+                )
+            yield report
 
 
 def _table(title: str, rows: Iterable[Row]) -> Table:
@@ -127,11 +137,11 @@ def _table(title: str, rows: Iterable[Row]) -> Table:
 
 def _print_verdict(console: Console, report: "Report") -> None:
     if not report.failures:
-        console.print(f"{report.case}: within the limits\n", style="green")
+        console.print(f"{report.case}: within the limits\n", style="green", soft_wrap=True)
         return
-    console.print(f"{report.case}: beyond the limits", style="red")
+    console.print(f"{report.case}: beyond the limits", style="red", soft_wrap=True)
     for failure in report.failures:
-        console.print(f"  {failure}", style="red")
+        console.print(f"  {failure}", style="red", soft_wrap=True)
 
 
 def _write_json(path: Path, reports: list[dict]) -> None:

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from zamba2_jax.ops.linear import matmul
 from zamba2_jax.typing import Array, Float, Int, at_least_fp32
 
 
@@ -36,7 +37,7 @@ def cross_entropy(
     @jax.checkpoint
     def add(total: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, None]:
         h, targets, weights = chunk
-        logits = jnp.matmul(h, w, preferred_element_type=wide)
+        logits = matmul(h, w, dtype=wide)
         picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return total + jnp.sum(weights * (jax.nn.logsumexp(logits, axis=-1) - picked)), None
 

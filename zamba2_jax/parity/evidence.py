@@ -13,6 +13,9 @@ GROUPS = ("embed", "layer", "conv_state", "ssm_state", "logits", "loss", "gradie
 Items = Mapping[str, np.ndarray]
 """Some named arrays."""
 
+SLAB = 2**13
+"""Values compared at a time: few enough for the cache, and for the BLAS behind numpy to start no threads."""
+
 
 class Evidence:
     """Named arrays in a directory, float64 kept and all else as float32; read back by mapping."""
@@ -70,12 +73,12 @@ def compare(name: str, group: str, ours: np.ndarray, torch: np.ndarray, oracle: 
     if not ours.shape == torch.shape == oracle.shape:
         raise ValueError(f"{name}: ours has shape {ours.shape}, PyTorch's {torch.shape}, the oracle {oracle.shape}")
     squares, largest = np.zeros(5), 0.0
-    slab = max(1, 2**22 // max(1, math.prod(oracle.shape[1:])))
-    for start in range(0, len(np.atleast_1d(oracle)), slab):
-        a, b, c = (np.atleast_1d(x)[start : start + slab].astype(np.float64) for x in (ours, torch, oracle))
-        differences = (a - b, a - c, b - c)
-        squares += [np.vdot(x, x) for x in (*differences, b, c)]
-        largest = max(largest, float(np.abs(differences[0]).max(initial=0)))
+    flat = [np.ascontiguousarray(x).reshape(-1) for x in (ours, torch, oracle)]
+    for start in range(0, oracle.size, SLAB):
+        a, b, c = (x[start : start + SLAB].astype(np.float64) for x in flat)
+        between = a - b
+        squares += [np.dot(x, x) for x in (between, a - c, b - c, b, c)]
+        largest = max(largest, float(np.abs(between).max()))
         if not np.isfinite(squares).all():
             return Row(name, group, math.nan, math.nan, math.nan, math.nan, math.nan)
     between, our_error, torch_error, torch_size, size = np.sqrt(squares).tolist()

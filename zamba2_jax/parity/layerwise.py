@@ -19,19 +19,21 @@ from zamba2_jax.ops.segments import document_positions
 from zamba2_jax.ops.ssd import Implementation
 from zamba2_jax.parity.case import Batch
 from zamba2_jax.parity.evidence import Items
-from zamba2_jax.typing import Array, DTypeLike, cast_matrices
+from zamba2_jax.typing import Array, cast_matrices
 
 
 class Precision(NamedTuple):
     """How a side computes.
 
     Attributes:
-        dtype: compute dtype; "float64" wants `with_x64`.
+        dtype: compute dtype; by name.
         implementation: of the scan; see `ops.ssd`.
+        matmul: precision of matrix products, as for `jax.default_matmul_precision`.
     """
 
-    dtype: DTypeLike
+    dtype: str
     implementation: Implementation
+    matmul: str = "default"
 
 
 ORACLE = Precision("float64", "sequential")
@@ -64,10 +66,10 @@ def parts_of(model: Zamba2) -> tuple[Ends, Callable[[LayerPlan], Parts]]:
     return Ends(model.embed[...], model.norm[...], None if model.head is None else model.head[...]), parts
 
 
-def with_x64(items: Iterator[Items]) -> Iterator[Items]:
-    """Runs every step of a generator, and nothing between them, with 64-bit types."""
+def with_settings(items: Iterator[Items], precision: Precision) -> Iterator[Items]:
+    """Runs every step of a generator, and nothing between them, with the settings of JAX that a precision wants."""
     while True:
-        with jax.enable_x64(True):
+        with jax.enable_x64(precision.dtype == "float64"), jax.default_matmul_precision(precision.matmul):
             step = next(items, None)
         if step is None:
             return
@@ -84,6 +86,8 @@ def evidence(
     sum_calls: bool,
 ) -> Iterator[Items]:
     """All that parity compares but the greedy continuation: forward layer by layer, then backward.
+
+    A generator that wants `with_settings` around it.
 
     Args:
         config: the architecture.

@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch import nn
 
-from zamba2_jax.checkpoint.layout import tensors
+from zamba2_jax.checkpoint.layout import Tensor, tensors
 from zamba2_jax.config import Zamba2Config
 from zamba2_jax.parity.case import Batch
 from zamba2_jax.parity.evidence import Items
@@ -96,7 +96,7 @@ def gradients(model: transformers.Zamba2ForCausalLM, config: Zamba2Config, batch
     for tensor in tensors(config):
         gradient = parameters[tensor.name].grad
         assert gradient is not None
-        yield {f"gradient.{path}": array for path, array in tensor.split(numpy(gradient)).items()}
+        yield split(tensor, gradient)
         parameters[tensor.name].grad = None
 
 
@@ -106,6 +106,12 @@ def greedy(model: transformers.Zamba2ForCausalLM, batch: Batch, new_tokens: int)
     with torch.no_grad():
         tokens = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, eos_token_id=None)
     return tokens[:, inputs["input_ids"].shape[1] :].numpy()
+
+
+def split(tensor: Tensor, gradient: torch.Tensor) -> Items:
+    """The gradient of a Hugging Face tensor as those of our parameters, by name."""
+    parts = tensor.split(numpy(gradient)).items()
+    return {f"gradient.{path}": torch.from_numpy(part).contiguous().numpy() for path, part in parts}
 
 
 def numpy(tensor: torch.Tensor) -> np.ndarray:

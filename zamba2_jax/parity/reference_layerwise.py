@@ -12,7 +12,7 @@ from zamba2_jax.checkpoint.layout import Tensor
 from zamba2_jax.config import LayerPlan, Zamba2Config
 from zamba2_jax.parity.case import Batch
 from zamba2_jax.parity.evidence import Items
-from zamba2_jax.parity.reference import numpy, reference_config, states
+from zamba2_jax.parity.reference import numpy, reference_config, split, states
 
 CHUNK_SIZE = 64
 """Of PyTorch's scan: what it is fastest with."""
@@ -111,10 +111,11 @@ def _gradients(module: nn.Module, row: LayerPlan, tensors: dict[Tensor, np.ndarr
     for tensor in tensors:
         gradient = parameters[_inner_name(tensor)].grad
         assert gradient is not None
-        for path, array in tensor.split(numpy(gradient)).items():
-            kind, _, rest = path.split(".", 2)
-            name = path if kind != "shared" or row.hybrid is None else f"calls.{row.hybrid.call}.block.{rest}"
-            groups[kind][f"gradient.{name}"] = array
+        for name, array in split(tensor, gradient).items():
+            _, kind, _, rest = name.split(".", 3)
+            if kind == "shared" and row.hybrid is not None:
+                name = f"gradient.calls.{row.hybrid.call}.block.{rest}"
+            groups[kind][name] = array
     yield from (group for group in groups.values() if group)
 
 

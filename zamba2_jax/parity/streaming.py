@@ -32,6 +32,7 @@ def check_streaming(
     directory: Path | None = None,
     *,
     dtype: str = "float32",
+    precision: str = "highest",
     seed: int = 0,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Report:
@@ -44,6 +45,7 @@ def check_streaming(
         case: the architecture and the shape of the batch, without padding.
         directory: a checkpoint of that architecture; random weights by default, made anew for every layer.
         dtype: compute dtype of both sides, "float32" or "bfloat16".
+        precision: of our float32 matrix products, as for `jax.default_matmul_precision`; see `ops.linear`.
         seed: of weights and tokens.
         progress: is told what is being compared.
 
@@ -54,15 +56,17 @@ def check_streaming(
         raise ValueError(f"left_padding={case.left_padding}: expected none when streaming")
     weights = _Weights(case.config, _reader(case.config, directory, seed, dtype))
     batch = case.tokens(seed)
-    sides = layerwise.Precision(dtype, "xla"), layerwise.ORACLE
+    sides = layerwise.Precision(dtype, "xla", precision), layerwise.ORACLE
     our, oracle = (
-        layerwise.evidence(case.config, weights.ends(), weights.parts, batch, precision, sum_calls=False)
-        for precision in sides
+        layerwise.with_settings(
+            layerwise.evidence(case.config, weights.ends(), weights.parts, batch, side, sum_calls=False), side
+        )
+        for side in sides
     )
     their = reference_layerwise.evidence(case.config, weights.outer, weights.layer, batch, getattr(torch, dtype))
     rows: list[Row] = []
-    for a, b, c in zip(our, their, layerwise.with_x64(oracle), strict=True):
-        progress(next(iter(c)))
+    for a, b, c in zip(our, their, oracle, strict=True):
+        progress(f"both sides and float64 oracle: {next(iter(c))}")
         rows += compare_items(a, b, c)
         if "logits" in c:
             rows.append(compare_tokens(a["logits"].argmax(-1), b["logits"].argmax(-1)))
