@@ -7,7 +7,7 @@ no mesh, no dtype, no kernel choice, no tokenizer. Shapes in the other modules d
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -106,9 +106,12 @@ class Zamba2Config:
     eos_token_id: int | None = 2
 
     def __post_init__(self) -> None:
-        for name in _POSITIVE_INTS:
+        for name in ("hybrid_layer_ids", "time_step_limit"):
             value = getattr(self, name)
-            _require(_is_int(value) and value >= 1, name, value, "an integer >= 1")
+            _require(isinstance(value, list | tuple), name, value, "a tuple")
+            object.__setattr__(self, name, tuple(value))  # a list would not hash
+        for name in _POSITIVE_INTS:
+            _require_positive_int(name, getattr(self, name))
         for name in _POSITIVE_FLOATS:
             value = getattr(self, name)
             _require(_is_finite(value) and value > 0, name, value, "a finite number > 0")
@@ -139,9 +142,9 @@ class Zamba2Config:
         even = not self.use_rope or self.attention_head_dim % 2 == 0
         rule = f"2 * hidden_size / attention_heads = {self.attention_head_dim} to be even with use_rope"
         _require(even, "attention_heads", self.attention_heads, rule)
-        low, high = self.time_step_limit
-        ordered = not math.isnan(low + high) and 0 <= low < high
-        _require(ordered, "time_step_limit", self.time_step_limit, "0 <= low < high")
+        limit = self.time_step_limit
+        numbers = len(limit) == 2 and all(isinstance(value, int | float) for value in limit)
+        _require(numbers and 0 <= limit[0] < limit[1], "time_step_limit", limit, "two numbers, 0 <= low < high")
         _require(
             self.time_step_min <= self.time_step_max,
             "time_step_min",
@@ -308,6 +311,10 @@ def _require(valid: bool, field: str, value: object, rule: str) -> None:
         raise ValueError(f"{field}={value!r}: expected {rule}")
 
 
+def _require_positive_int(field: str, value: Any) -> None:
+    _require(_is_int(value) and value >= 1, field, value, "an integer >= 1")
+
+
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -404,13 +411,16 @@ def _from_hf(hf: dict[str, Any]) -> Zamba2Config:
     for required in ("hidden_size", "num_layers", "attention_heads"):
         if required not in fields:
             raise ValueError(f"config has no {_HF_NAMES[required][0]!r}, expected an integer")
+    for field in _POSITIVE_INTS:  # other values are derived from them
+        if field in fields:
+            _require_positive_int(field, fields[field])
     if "eos_token_id" in fields and isinstance(fields["eos_token_id"], list) and len(fields["eos_token_id"]) == 1:
         fields["eos_token_id"] = fields["eos_token_id"][0]
     vocab_size = fields.get("vocab_size", Zamba2Config.vocab_size)
     for token in ("bos_token_id", "eos_token_id"):
         # Some published files name ids just past the embedding (32001, 32002): no such token can be fed.
         value = fields.get(token)
-        if isinstance(value, int) and isinstance(vocab_size, int) and value >= vocab_size:
+        if isinstance(value, int) and value >= vocab_size:
             fields[token] = None
     fields.setdefault("kv_heads", fields["attention_heads"])
     fields.setdefault("ffn_size", 4 * fields["hidden_size"])
@@ -442,14 +452,16 @@ _HF_DERIVED = {
 }
 
 
-def _hybrid_layer_ids(hf: dict[str, Any], num_layers: int) -> tuple[int, ...]:
+def _hybrid_layer_ids(hf: dict[str, Any], num_layers: int) -> Sequence[int]:
     pattern = hf.pop("layers_block_type", None)
     pattern = hf.pop("layer_types", None) if pattern is None else pattern
     ids = hf.pop("hybrid_layer_ids", None)
     if pattern is None:
         if ids is None:
             raise ValueError("config has neither 'layers_block_type' nor 'hybrid_layer_ids', expected one")
-        return tuple(ids)
+        return ids
+    if not isinstance(pattern, list | tuple):
+        raise ValueError(f"layers_block_type={pattern!r}: expected a list")
     if len(pattern) != num_layers:
         raise ValueError(f"layers_block_type has {len(pattern)} entries, expected num_hidden_layers = {num_layers}")
     plain, hybrid = {"m", "mamba", "mamba2", "linear_attention"}, {"g", "hybrid"}
@@ -457,7 +469,7 @@ def _hybrid_layer_ids(hf: dict[str, Any], num_layers: int) -> tuple[int, ...]:
     if unknown:
         raise ValueError(f"layers_block_type holds {', '.join(unknown)}, expected {sorted(plain | hybrid)}")
     from_pattern = tuple(layer for layer, kind in enumerate(pattern) if kind in hybrid)
-    if ids is not None and tuple(ids) != from_pattern:
+    if ids not in (None, from_pattern, list(from_pattern)):
         raise ValueError(f"hybrid_layer_ids={ids} disagrees with layers_block_type, which gives {list(from_pattern)}")
     return from_pattern
 
@@ -468,7 +480,7 @@ def _resolve_mamba_heads(hf: dict[str, Any], fields: dict[str, Any]) -> None:
     head_dim = hf.get("mamba_headdim")
     if not isinstance(head_dim, int) or head_dim < 1:
         raise ValueError(f"config has no 'n_mamba_heads' and mamba_headdim={head_dim!r}, expected one of them")
-    inner_size = int(fields.get("expand", Zamba2Config.expand)) * int(fields["hidden_size"])
+    inner_size = fields.get("expand", Zamba2Config.expand) * fields["hidden_size"]
     if inner_size % head_dim:
         raise ValueError(f"mamba_headdim={head_dim}: expected a divisor of expansion * hidden_size = {inner_size}")
     fields["mamba_heads"] = inner_size // head_dim
@@ -496,7 +508,8 @@ def _resolve_rope(hf: dict[str, Any], fields: dict[str, Any]) -> None:
         raise ValueError(f"rope_parameters={found}: expected rope_type 'default' and rope_theta only")
     if theta is not None and nested is not None and theta != nested:
         raise ValueError(f"rope_theta={theta} and rope_parameters.rope_theta={nested} disagree")
-    theta = float(nested or theta or Zamba2Config.rope_theta)
+    theta = next(value for value in (nested, theta, Zamba2Config.rope_theta) if value is not None)
+    _require(_is_finite(theta) and theta > 0, "rope_theta", theta, "a finite number > 0")
     if hf.pop("use_long_context", False):
         # transformers 4 writes the scaled base into config.json, and scales it again at the next load and save;
         # transformers 5 and the published files hold the plain base.
@@ -505,7 +518,7 @@ def _resolve_rope(hf: dict[str, Any], fields: dict[str, Any]) -> None:
         saved = math.isclose(theta, Zamba2Config.rope_theta * scale**times, rel_tol=1e-3)
         theta = (Zamba2Config.rope_theta if saved else theta) * scale
         fields["max_position_embeddings"] = LONG_CONTEXT
-    fields["rope_theta"] = theta
+    fields["rope_theta"] = float(theta)
 
 
 PRESETS: dict[str, Zamba2Config] = {

@@ -16,8 +16,8 @@ class MambaState:
         ssm: the state S of the recurrence, in at least float32.
     """
 
-    conv_x: Float[Array, "b k-1 e"]
-    conv_bc: Float[Array, "b k-1 2gn"]
+    conv_x: Float[Array, "b past e"]
+    conv_bc: Float[Array, "b past bc"]
     ssm: Float[Array, "b h p n"]
 
 

@@ -60,7 +60,7 @@ class SharedAttention(nnx.Module):
 
     def __call__(
         self,
-        x: Float[Array, "b t 2d"],
+        x: Float[Array, "b t attention_in"],
         adapters: AttentionAdapters | None,
         positions: Int[Array, "b t"],
         segment_ids: Int[Array, "b t"] | None = None,

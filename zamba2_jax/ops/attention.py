@@ -21,11 +21,11 @@ def causal_attention(
         scale: factor on the scores.
         segment_ids: documents; nothing attends across them, nothing but padding to padding. See `ops.segments`.
     """
-    if segment_ids is None:
-        return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True)
-    document, real = document_index(segment_ids), segment_ids != 0
-    same = (document[:, :, None] == document[:, None, :]) & (real[:, :, None] == real[:, None, :])
-    return jax.nn.dot_product_attention(q, k, v, mask=same[:, None], scale=scale, is_causal=True)
+    same = None
+    if segment_ids is not None:
+        document, real = document_index(segment_ids), segment_ids != 0
+        same = (document[:, :, None] == document[:, None, :]) & (real[:, :, None] == real[:, None, :])
+    return _attend(q, k, v, same, scale, is_causal=True)
 
 
 def cached_attention(
@@ -55,7 +55,27 @@ def cached_attention(
     cached_k = cached_k.at[row, target].set(k.astype(cached_k.dtype), mode="drop")
     cached_v = cached_v.at[row, target].set(v.astype(cached_v.dtype), mode="drop")
     visible = jnp.arange(cached_k.shape[1]) <= slots[:, :, None]
-    out = jax.nn.dot_product_attention(
-        q, cached_k.astype(q.dtype), cached_v.astype(q.dtype), mask=visible[:, None], scale=scale
-    )
+    out = _attend(q, cached_k.astype(q.dtype), cached_v.astype(q.dtype), visible, scale)
     return out, cached_k, cached_v
+
+
+def _attend(
+    q: Float[Array, "b t h p"],
+    k: Float[Array, "b u kv p"],
+    v: Float[Array, "b u kv p"],
+    visible: Bool[Array, "b t u"] | None,
+    scale: float,
+    *,
+    is_causal: bool = False,
+) -> Float[Array, "b t h p"]:
+    """Softmax attention of every query to the keys it may see, at least one."""
+    if q.dtype != jnp.float64:
+        mask = None if visible is None else visible[:, None]
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, is_causal=is_causal)
+    # The softmax of `jax.nn.dot_product_attention` is in float32 whatever it is given: no oracle.
+    (b, t, h, p), kv = q.shape, k.shape[2]
+    mask = jnp.tril(jnp.ones((t, k.shape[1]), bool)) if is_causal else jnp.ones((t, k.shape[1]), bool)
+    mask = mask if visible is None else mask & visible[:, None, None]
+    scores = jnp.einsum("btkrp,bukp->bkrtu", q.reshape(b, t, kv, h // kv, p), k) * scale
+    weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
+    return jnp.einsum("bkrtu,bukp->btkrp", weights, v).reshape(b, t, h, p)

@@ -1,8 +1,8 @@
 """Matrix products with a weight: the dense layer and the low-rank adapter.
 
-At matmul precision "highest" (`jax.default_matmul_precision`) long sums of float32 are taken in blocks. XLA's product
-on CPU rounds 1.6 times as badly as the MKL of PyTorch, because it adds up more terms in a row; in blocks of 128 it is the
-more exact of the two and takes a tenth longer.
+At matmul precision "highest" (`jax.default_matmul_precision`) long sums of float32 are taken in blocks. On CPU, XLA's
+product rounds 1.6 times as badly as the MKL of PyTorch, because it adds up more terms in a row; in blocks of 128 it is
+the more exact of the two and takes a tenth longer.
 """
 
 import jax

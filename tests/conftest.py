@@ -1,0 +1,36 @@
+"""What every test runs under: eight fake CPU devices, and the shapes in every signature checked at every call."""
+
+import os
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import pathlib
+
+import jax
+import jaxtyping
+import pytest
+
+PACKAGE = pathlib.Path(__file__).parent.parent / "zamba2_jax"
+
+# Not the cache: its dataclasses also hold shapes and shardings, under `jax.eval_shape` for one.
+CHECKED = [
+    f"zamba2_jax.{folder}.{file.stem}" for folder in ("ops", "model") for file in (PACKAGE / folder).glob("*.py")
+]
+CHECKED.remove("zamba2_jax.model.cache")
+jaxtyping.install_import_hook([*CHECKED, "zamba2_jax.generate.decode"], "beartype.beartype")
+
+
+@pytest.fixture
+def x64():
+    """float64, for tests against oracles: what is left of the difference is not rounding."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def unchecked():
+    """Leaves the checking of shapes to the code under test."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

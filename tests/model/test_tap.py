@@ -1,0 +1,72 @@
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.helpers import SMALL, assert_close, forward, random_model, random_tokens
+from zamba2_jax import capture, prefill, tap_names
+
+LAYER = "input output mamba.input mamba.z mamba.x mamba.B mamba.C mamba.dt mamba.y mamba.output".split()
+STATES = "mamba.conv_x_state mamba.conv_bc_state mamba.ssm_state".split()
+SHARED = "input attention.q attention.k attention.v attention.output mlp.inner mlp.output output".split()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(SMALL)
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return random_tokens(SMALL, 2, 8)
+
+
+def test_names_and_shapes(model):
+    names = {"embed", "final_norm", "logits"}
+    names |= {f"layers.{layer}.{name}" for layer in range(3) for name in LAYER + STATES}
+    names |= {f"layers.{layer}.shared.{name}" for layer in (0, 2) for name in SHARED}
+    taps = tap_names(model)
+    assert set(taps) == names
+    assert taps["layers.0.shared.attention.q"].shape == (1, 1, 4, 12)
+    assert taps["layers.1.mamba.ssm_state"].shape == (1, 6, 8, 10)
+
+
+def test_capture_sees_what_flows_and_changes_nothing(model, tokens):
+    logits, seen = jax.jit(capture)(model, tokens)
+    assert set(seen) == set(tap_names(model))
+    # Not to the bit: compiled with more outputs, sums may be fused otherwise.
+    assert_close(logits, forward(model, tokens), 1e-6)
+    np.testing.assert_array_equal(seen["logits"], logits)
+    np.testing.assert_array_equal(seen["embed"], model.embed[...][tokens])
+    assert_close(seen["layers.0.output"], seen["embed"] + seen["layers.0.mamba.output"], 1e-6)
+    np.testing.assert_array_equal(seen["layers.1.input"], seen["layers.0.output"])
+    assert_close(seen["final_norm"] @ model.embed[...].T, logits, 1e-6)
+    _, cache = prefill(model, tokens)
+    for layer, state in enumerate(cache.mamba):
+        for name in ("conv_x", "conv_bc"):
+            assert_close(getattr(state, name), seen[f"layers.{layer}.mamba.{name}_state"], 1e-5)
+        assert_close(state.ssm, seen[f"layers.{layer}.mamba.ssm_state"], 1e-5)
+
+
+def test_an_ablated_call_is_a_call_with_no_weights(model, tokens):
+    """Of the two calls, one is silenced, the other not; in the model itself by its linear map."""
+    edits = {"layers.2.shared.output": jnp.zeros_like}
+    ablated, seen = jax.jit(partial(capture, select=("*.shared.output",), edits=edits))(model, tokens)
+    assert set(seen) == {"layers.0.shared.output", "layers.2.shared.output"}
+    assert not seen["layers.2.shared.output"].any()  # what is captured is what the model goes on with
+    assert seen["layers.0.shared.output"].any()
+
+    linear = model.calls[1].linear
+    kept = linear[...]
+    linear[...] = jnp.zeros_like(kept)
+    expected = forward(model, tokens)
+    linear[...] = kept
+    assert_close(ablated, expected, 1e-6)
+    assert np.abs(ablated - forward(model, tokens)).max() > 0.1
+
+
+def test_a_pattern_that_matches_nothing_is_an_error(model, tokens):
+    with pytest.raises(ValueError, match=r"no tap matches \['layers\.1\.shared\.\*', 'nothing'\]"):
+        jax.eval_shape(partial(capture, select=("*", "nothing"), edits={"layers.1.shared.*": jnp.abs}), model, tokens)

@@ -1,0 +1,119 @@
+"""Attention against a loop over queries in numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.helpers import assert_close, assert_finite, normal
+from tests.ops.segment_rows import ALL_ROWS, LENGTH, documents
+from zamba2_jax import ops
+
+SCALE = 0.7
+b, t, h, kv, p = 2, 6, 6, 2, 5
+
+
+causal_attention, cached_attention = (
+    jax.jit(op, static_argnames="scale") for op in (ops.causal_attention, ops.cached_attention)
+)
+
+
+@pytest.fixture(params=[False, True], ids=["float32", "float64"])
+def rounding(request):
+    """What is left of the difference between two right answers, relative to the largest number."""
+    with jax.enable_x64(request.param):
+        yield 1e-13 if request.param else 1e-6
+
+
+def attend(q, k, v):
+    """One query [h, p] to keys and values [u, kv, p]: query head i reads head i // (h / kv)."""
+    out = np.empty_like(q)
+    for head in range(len(q)):
+        group = head // (len(q) // k.shape[1])
+        weights = np.exp(k[:, group] @ q[head] * SCALE)
+        out[head] = weights @ v[:, group] / weights.sum()
+    return out
+
+
+def arguments(rows=b, length=t, heads=h, kv_heads=kv):
+    return normal(rows, length, heads, p), *(normal(rows, length, kv_heads, p, seed=seed) for seed in (1, 2))
+
+
+def by_documents(q, k, v, segment_ids):
+    """What `causal_attention` says at real tokens; 0 at padding."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out = np.zeros_like(q)
+    for row, ids in enumerate(segment_ids):
+        for times in documents(ids):
+            for count, i in enumerate(times, start=1):
+                out[row, i] = attend(q[row, i], k[row, times[:count]], v[row, times[:count]])
+    return out
+
+
+def test_equals_the_loop(rounding):
+    q, k, v = arguments()
+    assert_close(causal_attention(q, k, v, SCALE), by_documents(q, k, v, np.ones((b, t))), rounding)
+
+
+def test_every_short_row_of_documents(rounding):
+    q, k, v = arguments(len(ALL_ROWS), LENGTH, 2, 1)
+    got = causal_attention(q, k, v, SCALE, jnp.asarray(ALL_ROWS))
+    assert_finite(got)
+    real = ALL_ROWS[..., None, None] != 0
+    assert_close(jnp.where(real, got, 0), by_documents(q, k, v, ALL_ROWS), rounding)
+
+
+def test_one_key_head_is_read_as_if_repeated(rounding):
+    q, k, v = arguments(heads=4, kv_heads=1)
+    repeated = [jnp.repeat(x, 4, axis=2) for x in (k, v)]
+    assert_close(causal_attention(q, k, v, SCALE), causal_attention(q, *repeated, SCALE), rounding)
+
+
+def test_gradients_are_finite_where_scores_are_huge_and_rows_are_padding():
+    q, k, v = arguments()
+    ids = jnp.array([[0] * t, [0, 1, 1, 2, 0, 0]])
+    total = jax.jit(jax.grad(lambda *qkv: causal_attention(*qkv, 1e8, ids).sum(), argnums=(0, 1, 2)))
+    gradients = total(q, k, v)
+    assert_finite(gradients)
+
+
+def test_cache_takes_rows_in_pieces(rounding):
+    """Row 0 takes tokens 4 + 2, row 1 takes 2 + 3, padded, next to slots that hold anything."""
+    q, k, v = map(np.asarray, arguments())
+    expected = by_documents(q, k, v, np.ones((b, t)))
+    cached = [np.full_like(k, 1e30, shape=(b, 8, kv, p))] * 2
+    lengths = np.zeros(b, int)
+    for taken in ([4, 2], [2, 3]):
+        slots = lengths[:, None] + np.arange(4)
+        real = np.arange(4) < np.array(taken)[:, None]
+        piece = [np.stack([x[row][slots[row] % t] for row in range(b)]) for x in (q, k, v)]
+        out, *cached = cached_attention(*piece, *cached, slots, real, SCALE)
+        for row in range(b):
+            assert_close(
+                np.asarray(out)[row, : taken[row]], expected[row, lengths[row] : lengths[row] + taken[row]], rounding
+            )
+        lengths += taken
+    for row, length in enumerate(lengths):
+        for got, x in zip(cached, (k, v), strict=True):
+            np.testing.assert_array_equal(np.asarray(got)[row, :length], x[row, :length])
+            assert (np.asarray(got)[row, length:] == k.dtype.type(1e30)).all()
+
+
+def test_slots_past_the_end_are_not_written():
+    q, k, v = arguments(length=3)
+    empty = jnp.zeros((b, 2, kv, p))
+    slots = jnp.array([[0, 1, 2], [1, 2, 3]])
+    _, keys, _ = cached_attention(q, k, v, empty, empty, slots, jnp.ones((b, 3), bool), SCALE)
+    keys, k = np.asarray(keys), np.asarray(k)
+    np.testing.assert_array_equal(keys[0], k[0, :2])
+    np.testing.assert_array_equal(keys[1], [np.zeros((kv, p)), k[1, 0]])
+
+
+def test_bfloat16_has_its_softmax_in_float32():
+    """Scores 256 and 257 are one bfloat16 number; their softmax is not 1/2."""
+    q = jnp.array([1.0, 16.0], jnp.bfloat16)[None, None, None]
+    k = jnp.array([[0.0, 16.0], [1.0, 16.0]], jnp.bfloat16)[None, :, None]
+    v = jnp.array([[0.0, 0.0], [1.0, 1.0]], jnp.bfloat16)[None, :, None]
+    out = causal_attention(jnp.repeat(q, 2, axis=1), k, v, 1.0)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.float32(out[0, 1]), 1 / (1 + np.exp(-1)), rtol=2**-8)
