@@ -1,0 +1,161 @@
+import dataclasses
+import importlib
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+from tests.helpers import SMALL
+from zamba2_jax import config
+from zamba2_jax.checkpoint.hf import load_hf
+from zamba2_jax.checkpoint.store import restore_state
+from zamba2_jax.cli.demo import OUTPUTS, Demo, prepare_output
+from zamba2_jax.cli.main import COMMANDS, main
+from zamba2_jax.train.optimizer import AdamW
+from zamba2_jax.train.step import init_state
+
+
+@pytest.fixture
+def small_preset(monkeypatch):
+    monkeypatch.setitem(
+        config.PRESETS, "small", dataclasses.replace(SMALL, num_layers=2, hybrid_layer_ids=(1,), vocab_size=300)
+    )
+
+
+WORDS = "--preset small --steps 6 8 --batch 2 --seq 32 --new-tokens 8 --learning-rate 0.02 --prompts".split()
+
+
+def test_a_miniature_run(small_preset, tmp_path, capsys):
+    out = tmp_path / "new" / "out"
+    assert main(["demo", "--out", str(out), *WORDS, "The class", "A [bold]"]) == 0
+    assert {path.name for path in out.iterdir()} == set(OUTPUTS)
+
+    printed = capsys.readouterr().out
+    summary = json.loads((out / "summary.json").read_text())
+    losses = summary["held_out_prose"]
+    assert losses["annealing"]["nats_per_token"] < losses["pretraining"]["nats_per_token"]
+    for phase in ("pretraining", "annealing"):
+        assert f"{losses[phase]['nats_per_token']:.3f}" in printed
+        assert f"{losses[phase]['bits_per_byte']:.3f}" in printed
+    assert "tokens/s" in printed
+    assert summary["tokens"] == 14 * 2 * 32
+    assert "\nThe class" in printed
+    assert "\nA [bold]" in printed
+    assert (out / "samples.txt").read_text().startswith("The class")
+
+    records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert {record["kind"] for record in records} == {"train", "eval"}
+    assert records[-1]["loss"] == losses["annealing"]["nats_per_token"]
+
+    model = load_hf(out / "hf")
+    like = init_state(model, AdamW().transformation())
+    state = restore_state(out / "checkpoint", like)
+    assert int(state.step) == 14
+    for a, b in zip(jax.tree.leaves(state.model), jax.tree.leaves(model), strict=True):
+        np.testing.assert_array_equal(a, b)
+    tokenizers = [Tokenizer.from_file(str(folder / "tokenizer.json")).to_str() for folder in (out, out / "hf")]
+    assert tokenizers[0] == tokenizers[1]
+
+
+def test_the_first_error_comes_before_anything_is_written(tmp_path, capsys):
+    for words, message in (
+        (["--batch", "0"], "--batch is 0: expected at least 1"),
+        (["--seq", "1"], "--seq is 1: expected at least 2"),
+        (["--steps", "0", "5"], "phase 'pretraining': steps=0: expected an integer >= 1"),
+        (["--replay", "1"], "--replay is 1.0: expected a share in [0, 1)"),
+        (["--learning-rate", "-1"], "peak learning rate=-1.0: expected a finite number > 0"),
+        (["--preset", "zamba2-9b"], "preset 'zamba2-9b' is unknown, expected one of"),
+        (["--preset", "zamba2-tiny"], "--preset is 'zamba2-tiny': expected one of at least 259 tokens, not 97"),
+        (["--prompts", ""], "--prompts is ('',): expected at least one, none empty"),
+        (["--temperature", "-1"], "--temperature is -1.0"),
+        (["--new-tokens", "0"], "--new-tokens is 0"),
+    ):
+        assert main(["demo", "--out", str(tmp_path / "out"), *words]) == 2, words
+        captured = capsys.readouterr()
+        assert captured.err.startswith(f"zamba2: error: {message}")
+        assert captured.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_output_of_an_earlier_demo_is_replaced(tmp_path):
+    prepare_output(tmp_path, {"seed": 1})
+    (tmp_path / "checkpoint").mkdir()
+    for name in ("checkpoint/array", "curves.png", ".curves.partial.png"):
+        (tmp_path / name).touch()
+    (tmp_path / "checkpoint.orbax-checkpoint-tmp-7").mkdir()
+    prepare_output(tmp_path, {"seed": 2})
+    assert [path.name for path in tmp_path.iterdir()] == ["demo.json"]
+    assert json.loads((tmp_path / "demo.json").read_text()) == {"seed": 2}
+
+
+@pytest.mark.parametrize(("marked", "name"), [(False, "thesis.tex"), (False, "curves.png"), (True, "thesis.tex")])
+def test_a_directory_with_other_files_is_refused_untouched(tmp_path, marked, name):
+    if marked:
+        prepare_output(tmp_path, {})
+        (tmp_path / "hf").mkdir()
+    (tmp_path / name).write_text("mine")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(FileExistsError, match=f"holds {name}: expected a new or an empty directory"):
+        prepare_output(tmp_path, {})
+    assert sorted(tmp_path.iterdir()) == before
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_a_file_is_no_output_directory(tmp_path):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(FileExistsError, match="is a file: expected a directory"):
+        prepare_output(tmp_path / "out", {})
+
+
+def test_settings_of_the_demo_are_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Demo().seed = 1
+
+
+def test_help_lists_the_commands(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["--help"])
+    assert exit_.value.code == 0
+    printed = capsys.readouterr().out
+    assert "demo" in printed
+    assert "parity" in printed
+
+
+@pytest.mark.parametrize("entry", COMMANDS.values())
+def test_summaries_are_the_first_lines_of_the_docstrings(entry):
+    command = getattr(importlib.import_module(entry.module), entry.name)
+    assert entry.summary == command.__doc__.splitlines()[0]
+
+
+def test_help_of_a_command_explains_its_options(capsys):
+    with pytest.raises(SystemExit):
+        main(["demo", "--help"])
+    printed = capsys.readouterr().out
+    for field in dataclasses.fields(Demo):
+        assert f"--{field.name.replace('_', '-')}" in printed
+
+
+def test_an_unknown_command_is_refused(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["dmeo"])
+    assert exit_.value.code == 2
+    assert "demo" in capsys.readouterr().err
+
+
+def test_only_the_command_asked_for_is_imported():
+    script = """
+import sys
+from zamba2_jax.cli.main import COMMANDS, main
+try:
+    main([*sys.argv[1:], "--help"])
+except SystemExit:
+    pass
+print(sorted({"torch", "transformers", "orbax", "matplotlib"} & set(sys.modules)), file=sys.stderr)
+"""
+    for words, heavy in (([], "[]"), (["demo"], "['matplotlib', 'orbax']")):
+        done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=True)
+        assert done.stderr.strip().splitlines()[-1] == heavy

@@ -1,0 +1,86 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.helpers import random_model
+from tests.train.conftest import CONFIG
+from zamba2_jax.checkpoint.store import restore_state, save_state
+from zamba2_jax.train.data import batches, pack
+from zamba2_jax.train.loop import make_stages, train
+from zamba2_jax.train.metrics import EvalRecord, TrainRecord
+from zamba2_jax.train.optimizer import AdamW
+from zamba2_jax.train.schedule import Phase, learning_rate
+from zamba2_jax.train.step import compile_train_step, init_state
+
+PHASES = [
+    Phase(name="first", steps=5, shares={"a": 1.0}, warmup_steps=2),
+    Phase(name="second", steps=4, shares={"a": 0.5, "b": 0.5}, peak_fraction=0.75, decay="linear"),
+]
+OPTIMIZER = AdamW().transformation()
+
+
+@pytest.fixture(scope="module")
+def stages():
+    random = np.random.default_rng(0)
+    documents = {name: [random.integers(3, 32, size, dtype=np.int32) for size in (30, 9, 17)] for name in "ab"}
+    return make_stages(PHASES, documents, batch_size=2, length=12, seed=0)
+
+
+@pytest.fixture(scope="module")
+def step(stages):
+    state, batch = init_state(random_model(CONFIG), OPTIMIZER), stages[0].mixture.batch(0)
+    return compile_train_step(state, batch, optimizer=OPTIMIZER, schedule=learning_rate(PHASES, 1e-3))
+
+
+def run(state, step, stages, **kwargs):
+    records = []
+    held_out = {"h": batches(pack([np.arange(3, 30, dtype=np.int32)], 12), 2)}
+    options = {"held_out": held_out, "log_every": 2, "eval_every": 3, "report": records.append, **kwargs}
+    return train(state, step, stages, **options), records
+
+
+def test_records_cover_every_step(model, stages, step):
+    state, records = run(init_state(model, OPTIMIZER), step, stages)
+    assert int(state.step) == 9
+    evaluations = [(r.phase, r.step) for r in records if isinstance(r, EvalRecord)]
+    assert evaluations == [("first", 0), ("first", 3), ("first", 5), ("second", 8), ("second", 9)]
+    logged = [(r.phase, r.step) for r in records if isinstance(r, TrainRecord)]
+    assert logged == [("first", s) for s in (2, 3, 4, 5)] + [("second", s) for s in (7, 8, 9)]
+    expected = sum(
+        (stage.mixture.batch(i).segment_ids != 0).sum() for stage in stages for i in range(stage.phase.steps)
+    )
+    assert sum(r.tokens for r in records if isinstance(r, TrainRecord)) == expected
+    rates = {r.step: r.learning_rate for r in records if isinstance(r, TrainRecord)}
+    np.testing.assert_allclose([rates[s] for s in (2, 3, 7, 9)], [5e-4, 1e-3, 0.75e-3 * 0.75, 0.75e-3 / 4], rtol=1e-6)
+
+
+@pytest.mark.parametrize("stop", [2, 5, 7])
+def test_a_run_that_stops_and_goes_on_from_its_checkpoint_is_the_run_that_did_not(model, stages, step, tmp_path, stop):
+    start = init_state(model, OPTIMIZER)
+    whole, records = run(start, lambda state, batch: step(copy(state), batch), stages, log_every=1)
+
+    def stopping(state, batch):
+        if int(state.step) == stop:
+            save_state(tmp_path / "checkpoint", state)
+            raise InterruptedError
+        return step(copy(state), batch)
+
+    with pytest.raises(InterruptedError):
+        run(start, stopping, stages)
+    restored = restore_state(tmp_path / "checkpoint", jax.eval_shape(lambda: start))
+    resumed, rest = run(restored, step, stages, log_every=1)
+    losses = {(type(r), r.step): r.loss for r in records}
+    assert {(type(r), r.step): r.loss for r in rest} == {key: loss for key, loss in losses.items() if key[1] > stop}
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def copy(state):
+    return jax.tree.map(lambda array: jnp.asarray(np.array(array)), state)
+
+
+@pytest.mark.parametrize("name", ["log_every", "eval_every"])
+def test_bad_interval(model, stages, step, name):
+    with pytest.raises(ValueError, match=f"{name}=0: expected an integer >= 1"):
+        run(init_state(model, OPTIMIZER), step, stages, **{name: 0})

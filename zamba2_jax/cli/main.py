@@ -1,0 +1,65 @@
+"""The console command `zamba2`."""
+
+import dataclasses
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import tyro
+
+
+class Command(Protocol):
+    """A subcommand, made by tyro from its arguments."""
+
+    def run(self) -> int:
+        """Does the work and returns the exit code."""
+
+
+class Entry(NamedTuple):
+    """Where a subcommand is, so that only the one asked for is imported.
+
+    Attributes:
+        module, name: its dataclass.
+        summary: its line in `zamba2 --help`, the first of its docstring.
+    """
+
+    module: str
+    name: str
+    summary: str
+
+
+COMMANDS = {
+    "demo": Entry("zamba2_jax.cli.demo", "Demo", "Train a small Zamba2 on text this Python carries, and let it write."),
+    "parity": Entry(
+        "zamba2_jax.cli.parity", "Parity", "Compare this package with PyTorch and both with a float64 oracle."
+    ),
+}
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns the exit code: 2 for bad arguments or files, with a line that says why.
+
+    Args:
+        args: the words after `zamba2`; those of the process by default.
+    """
+    words = sys.argv[1:] if args is None else list(args)
+    choices = {name: _constructor(entry, chosen=words[:1] == [name]) for name, entry in COMMANDS.items()}
+    try:
+        command: Command = tyro.extras.subcommand_cli_from_dict(
+            choices, prog="zamba2", description="Zamba2 in JAX.", args=words
+        )
+        return command.run()
+    except (ValueError, OSError) as error:
+        print(f"zamba2: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("zamba2: interrupted", file=sys.stderr)
+        return 130
+
+
+def _constructor(entry: Entry, *, chosen: bool) -> Callable[..., Command]:
+    """The dataclass of a subcommand, or one without fields in its place if it is not the one asked for."""
+    if chosen:
+        return getattr(importlib.import_module(entry.module), entry.name)
+    return dataclasses.make_dataclass(entry.name, [], namespace={"__doc__": entry.summary})

@@ -1,0 +1,191 @@
+"""The embedded corpus: English prose and Python code that every CPython carries, so that nothing is downloaded.
+
+Prose is the language reference and debugger manual that `help()` shows (`pydoc_data.topics`), code the sources of the
+standard library. Both depend on the version of Python, and on nothing else.
+"""
+
+import os
+import re
+import sysconfig
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from zamba2_jax.train.tokenizer import encode_documents, train_tokenizer
+
+# Directories of the standard library that are not its own modules, are tables, or would give the prose away.
+_NOT_CODE = frozenset(
+    "test tests idle_test site-packages dist-packages __pycache__ _bundled encodings idlelib lib2to3 turtledemo "
+    "pydoc_data".split()
+)
+_WORD = re.compile(r"[A-Za-z'\u2019]+")
+# Inline markup and what it encloses: "code", *emphasis*, **strong emphasis**.
+_MARKUP = re.compile(r'"([^"]+)"|\*\*(\w[^*]*)\*\*|\*(\w[^*]*)\*')
+
+
+class Document(NamedTuple):
+    """One text of a corpus.
+
+    Attributes:
+        name: what the document is called where it comes from; unique in its corpus.
+        text: its content.
+    """
+
+    name: str
+    text: str
+
+    @property
+    def size(self) -> int:
+        """Bytes in UTF-8."""
+        return len(self.text.encode())
+
+
+def prose(min_size: int = 200) -> list[Document]:
+    """Python's documentation topics, curated: running text only, each paragraph on one line and present once.
+
+    Grammar rules, examples, tables, signatures and headings are left out, and so are the marks of inline markup.
+
+    Several topics repeat others whole ("compound" holds "if", "for" and "try"); a paragraph stays in the longest topic
+    it stands in. So documents share no paragraph, and a split by document is a clean one.
+
+    Args:
+        min_size: documents of fewer bytes are left out.
+
+    Returns:
+        The documents in the order of their names, about 250 kB.
+
+    Raises:
+        OSError: this Python has no documentation topics.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise OSError(f"this Python has no pydoc_data.topics, the prose of the embedded corpus: {error}") from error
+    seen: set[str] = set()
+    documents = []
+    for name in sorted(topics, key=lambda name: (-len(topics[name]), name)):
+        paragraphs = [_plain(block) for block in re.split(r"\n\s*\n", topics[name])]
+        fresh = [text for text in dict.fromkeys(paragraphs) if text not in seen and _is_running_text(text)]
+        seen.update(fresh)
+        documents.append(Document(name, "\n\n".join(fresh)))
+    return sorted(document for document in documents if document.size >= min_size)
+
+
+def code(max_size: int = 2_000_000) -> list[Document]:
+    """Sources of the standard library, without tests, tables and vendored packages.
+
+    Args:
+        max_size: bytes to take at most; the files are a fixed pseudo-random choice.
+
+    Returns:
+        The documents in the order of their paths.
+
+    Raises:
+        OSError: this Python's standard library has no sources.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    names = []
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = [name for name in subfolders if name not in _NOT_CODE]
+        names += [(Path(folder) / name).relative_to(root).as_posix() for name in files if name.endswith(".py")]
+    documents: list[Document] = []
+    for name in sorted(names, key=_shuffled):
+        if 0 < (root / name).stat().st_size <= max_size:
+            documents.append(Document(name, (root / name).read_text(encoding="utf-8", errors="replace")))
+            max_size -= documents[-1].size
+    if not documents:
+        raise OSError(f"no Python sources under {root}, the code of the embedded corpus")
+    return sorted(documents)
+
+
+def split_held_out(documents: Sequence[Document], share: float) -> tuple[list[Document], list[Document]]:
+    """Splits a corpus by document, the same way every time.
+
+    Args:
+        documents: at least two.
+        share: of the bytes, how much to hold out, at most but for one document.
+
+    Returns:
+        The documents to train on and those held out, neither empty.
+
+    Raises:
+        ValueError: there are too few documents, or `share` is not between 0 and 1.
+    """
+    if len(documents) < 2:
+        raise ValueError(f"{len(documents)} documents: expected at least 2 to hold one out")
+    if not 0 < share < 1:
+        raise ValueError(f"held-out share={share}: expected a number in (0, 1)")
+    room = share * sum(document.size for document in documents)
+    held_out: list[Document] = []
+    for document in sorted(documents, key=lambda document: _shuffled(document.name)):
+        if document.size <= room:
+            held_out.append(document)
+            room -= document.size
+    held_out = held_out or [min(documents, key=lambda document: document.size)]
+    return [document for document in documents if document not in held_out], sorted(held_out)
+
+
+class TokenizedCorpus(NamedTuple):
+    """The embedded corpus, ready to train on.
+
+    Attributes:
+        tokenizer: trained on what is in `train`.
+        train: the tokens of every document, by source: "code" and "prose".
+        held_out: documents of prose that are in neither.
+        held_out_size: their bytes in UTF-8.
+    """
+
+    tokenizer: Tokenizer
+    train: dict[str, list[np.ndarray]]
+    held_out: list[np.ndarray]
+    held_out_size: int
+
+
+def tokenize_embedded_corpus(vocab_size: int, held_out_share: float = 0.1) -> TokenizedCorpus:
+    """Reads the embedded corpus, holds prose out, and trains a tokenizer on equal amounts of prose and code.
+
+    Raises:
+        OSError: this Python has no such texts.
+        ValueError: `vocab_size` has no room for the bytes, or the texts do not fill it.
+    """
+    code_documents = code()
+    prose_documents, held_out = split_held_out(prose(), held_out_share)
+    room = sum(document.size for document in prose_documents)
+    sample = [document.text for document in prose_documents]
+    for document in code_documents:
+        if document.size <= room:
+            sample.append(document.text)
+            room -= document.size
+    tokenizer = train_tokenizer(sample, vocab_size)
+
+    def encode(documents: Sequence[Document]) -> list[np.ndarray]:
+        return encode_documents(tokenizer, [document.text for document in documents])
+
+    return TokenizedCorpus(
+        tokenizer=tokenizer,
+        train={"code": encode(code_documents), "prose": encode(prose_documents)},
+        held_out=encode(held_out),
+        held_out_size=sum(document.size for document in held_out),
+    )
+
+
+def _plain(block: str) -> str:
+    """A paragraph on one line, without the marks of a list item and of inline markup."""
+    text = re.sub(r"^(\*|\d+\.|\[\d+\]) ", "", " ".join(block.split()))
+    return _MARKUP.sub(lambda match: "".join(filter(None, match.groups())), text)
+
+
+def _is_running_text(paragraph: str) -> bool:
+    """Whether a paragraph is sentences: ends like one, and is mostly made of words."""
+    words = _WORD.findall(paragraph)
+    is_other = "::=" in paragraph or ">>>" in paragraph or paragraph[-1:] not in set(".:;!?)")
+    return not is_other and len(words) >= 6 and sum(map(len, words)) > 0.68 * len(paragraph)
+
+
+def _shuffled(name: str) -> tuple[int, str]:
+    """A sort key that orders names without regard to what they say."""
+    return zlib.crc32(name.encode()), name

@@ -1,0 +1,62 @@
+"""A byte-level BPE tokenizer, trained in seconds."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
+
+from zamba2_jax.train.files import write_atomically
+
+PAD, BOS, EOS = 0, 1, 2
+SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")
+"""In the order of their ids, which are those of the published models."""
+
+MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
+"""Room for the special tokens and all bytes."""
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A tokenizer whose vocabulary is the special tokens, the 256 bytes and the merges most frequent in `texts`.
+
+    It adds no special token by itself; see `encode_documents`.
+
+    Raises:
+        ValueError: `vocab_size` has no room for the bytes, or the texts do not fill it.
+    """
+    if vocab_size < MIN_VOCAB_SIZE:
+        raise ValueError(
+            f"vocab_size={vocab_size}: expected at least {MIN_VOCAB_SIZE}, the special tokens and all bytes"
+        )
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevelDecoder()
+    trainer = BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if tokenizer.get_vocab_size() != vocab_size:
+        raise ValueError(f"the texts give {tokenizer.get_vocab_size()} tokens: expected vocab_size={vocab_size}")
+    return tokenizer
+
+
+def encode_documents(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
+    """The tokens of each text between BOS and EOS, int32."""
+    encodings = tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    return [np.array([BOS, *encoding.ids, EOS], np.int32) for encoding in encodings]
+
+
+def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
+    """Writes tokenizer.json and tokenizer_config.json, from which `transformers.AutoTokenizer` builds the tokenizer."""
+    names = dict(zip(("pad_token", "bos_token", "eos_token"), SPECIAL_TOKENS, strict=True))
+    settings = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **names}, indent=2) + "\n"
+    write_atomically(directory / "tokenizer.json", lambda path: tokenizer.save(str(path)))
+    write_atomically(directory / "tokenizer_config.json", lambda path: path.write_text(settings, encoding="utf-8"))
