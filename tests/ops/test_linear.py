@@ -1,8 +1,11 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from tests.helpers import assert_close, normal
-from zamba2_jax.ops import adapter, linear
+from zamba2_jax.ops import adapter, linear, matmul
+from zamba2_jax.ops.linear import BLOCK
 
 
 def test_linear_and_adapter(x64):
@@ -24,3 +27,23 @@ def test_bfloat16_accumulates_in_float32_and_rounds_once():
     out = linear(x, w, jnp.ones(1))
     assert out.dtype == jnp.bfloat16
     assert out[0, 0] == 258
+
+
+@pytest.mark.parametrize("inner", [BLOCK - 3, 3 * BLOCK, 17 * BLOCK + 5])
+def test_blocked_sums_are_exact_to_rounding_in_value_and_gradient(inner):
+    """Blocks bound the error by that of sums of BLOCK + inner / BLOCK terms: 2.5 ulp, where one long sum has 4 to 8."""
+    x, w = normal(2, 35, inner, dtype=jnp.float32), normal(inner, 300, dtype=jnp.float32)
+    cotangent = normal(2, 35, 300, dtype=jnp.float32)
+    with jax.default_matmul_precision("highest"):
+        assert ("scan" in str(jax.make_jaxpr(matmul)(x, w))) == (inner > BLOCK)
+        y, backward = jax.vjp(matmul, x, w)
+        dx, dw = backward(cotangent)
+    wide_x, wide_w, wide_cotangent = (np.asarray(array, np.float64) for array in (x, w, cotangent))
+    expected = {
+        "y": (y, wide_x @ wide_w),
+        "dx": (dx, wide_cotangent @ wide_w.T),
+        "dw": (dw, np.einsum("bti,bto->io", wide_x, wide_cotangent)),
+    }
+    for name, (actual, exact) in expected.items():
+        error = np.linalg.norm(actual - exact) / np.linalg.norm(exact)
+        assert error < 2.5 * np.finfo(np.float32).eps, name

@@ -57,8 +57,7 @@ def test_a_wrong_model_fails_and_the_command_says_so(monkeypatch, tmp_path, caps
     assert any("logits" in failure for failure in report["failures"])
 
 
-def test_the_command_succeeds_on_a_checkpoint_and_prints_every_row(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+def test_the_command_succeeds_on_a_checkpoint_and_prints_every_row(tmp_path, capsys):
     save_hf(random_model(SMALL, seed=0), tmp_path / "model")
     assert Parity(model=tmp_path / "model", seq=9, new_tokens=2).run() == 0
     printed = capsys.readouterr().out

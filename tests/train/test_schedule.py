@@ -43,14 +43,15 @@ def test_annealing_warms_up_again_to_a_fraction_of_the_first_peak():
 
 def test_three_phases_and_no_warm_up():
     phases = [
-        phase(warmup_steps=0, steps=steps, decay="constant", peak_fraction=f) for steps, f in ((2, 1), (3, 0.5), (1, 3))
+        phase(name=str(steps), warmup_steps=0, steps=steps, decay="constant", peak_fraction=fraction)
+        for steps, fraction in ((2, 1), (3, 0.5), (1, 3))
     ]
     rate = learning_rate(phases, peak=1.0)
     np.testing.assert_allclose([rate(step) for step in range(7)], [1, 1, 0.5, 0.5, 0.5, 3, 3])
 
 
 def test_is_pure_and_traceable():
-    rate = learning_rate([phase(), phase(peak_fraction=0.75)], peak=2.0)
+    rate = learning_rate([phase(), phase(name="q", peak_fraction=0.75)], peak=2.0)
     steps = np.arange(30)
     np.testing.assert_allclose(jax.jit(jax.vmap(rate))(steps), [rate(step) for step in steps], atol=1e-6)
 
@@ -76,7 +77,14 @@ def test_bad_phase(bad, message):
         phase(**bad)
 
 
-@pytest.mark.parametrize(("phases", "peak", "message"), [([], 1.0, "phases is empty"), ([phase()], 0.0, "rate=0.0")])
+@pytest.mark.parametrize(
+    ("phases", "peak", "message"),
+    [
+        ([], 1.0, "phases is empty"),
+        ([phase()], 0.0, "rate=0.0: expected a finite number > 0"),
+        ([phase(), phase()], 1.0, r"named \['p', 'p'\]: expected distinct names"),
+    ],
+)
 def test_bad_run(phases, peak, message):
     with pytest.raises(ValueError, match=message):
         learning_rate(phases, peak)

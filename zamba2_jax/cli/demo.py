@@ -61,30 +61,30 @@ class Demo:
     """Directory to write to: new, empty, or of an earlier demo, which is replaced."""
     seed: int = 0
     """Seed of the weights, the order of the data and the sampling."""
-    steps: tuple[int, int] = (300, 500)
+    steps: tuple[int, int] = (280, 720)
     """Training steps of pretraining and of annealing."""
     batch: int = 4
     """Rows per step."""
     seq: int = 128
     """Tokens per row."""
-    learning_rate: float = 4e-3
+    learning_rate: float = 1e-2
     """Peak of the learning rate in pretraining; annealing warms up to three quarters of it."""
     decay: Decay = "linear"
     """How the learning rate falls in annealing."""
-    replay: float = 0.25
+    replay: float = 0.2
     """Share of code in annealing."""
     preset: str = "zamba2-nano"
     """Architecture, by name."""
     prompts: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT ...")] = (
-        "The",
+        "The value of",
         "If a class defines",
         "When an exception is raised,",
-        "A function",
+        "A function is",
     )
     """What the model is to continue."""
     new_tokens: int = 80
     """Tokens it adds to each prompt."""
-    temperature: float = 0.7
+    temperature: float = 0.5
     """Of the sampling; 0 takes the likeliest token."""
 
     def run(self) -> int:

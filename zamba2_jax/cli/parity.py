@@ -21,6 +21,9 @@ from zamba2_jax.parity.evidence import Row
 if TYPE_CHECKING:
     from zamba2_jax.parity.check import Report
 
+WIDTH = 120
+"""Of the tables where there is no terminal to fill."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Parity:
@@ -68,7 +71,7 @@ class Parity:
         missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
         if missing:
             raise ValueError(f"parity needs {' and '.join(missing)}: pip install 'zamba2-jax[parity]'")
-        console = Console()
+        console = Console(width=None if sys.stdout.isatty() else WIDTH)
         reports = []
         for report in self._reports(cases):
             reports.append(report)

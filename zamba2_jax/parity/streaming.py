@@ -6,7 +6,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import torch
 from flax import nnx
@@ -140,7 +139,7 @@ def _reader(config: Zamba2Config, directory: Path | None, seed: int, dtype: str)
             with safe_open(entries[tensor.name].file, framework="numpy") as file:
                 values = file.get_tensor(entries[tensor.name].name)
         if dtype == "bfloat16":
-            values = values.astype(ml_dtypes.bfloat16)
+            values = values.astype(jnp.bfloat16)
         return values.astype(np.float32, copy=False)
 
     return read

@@ -61,10 +61,13 @@ def learning_rate(phases: Sequence[Phase], peak: float) -> optax.Schedule:
     Past the last step it stays where the last phase ends.
 
     Raises:
-        ValueError: there is no phase, or `peak` is not a finite number > 0.
+        ValueError: there is no phase, two have one name, or `peak` is not a finite number > 0.
     """
-    if not phases:
+    names = [phase.name for phase in phases]
+    if not names:
         raise ValueError("phases is empty, expected at least one")
+    if len(set(names)) < len(names):
+        raise ValueError(f"phases are named {names}: expected distinct names")
     if not 0 < peak < math.inf:
         raise ValueError(f"peak learning rate={peak}: expected a finite number > 0")
     curves = [_curve(phase, peak * phase.peak_fraction) for phase in phases]
