@@ -63,6 +63,7 @@ def test_a_miniature_run(small_preset, tmp_path, capsys):
 
 def test_the_first_error_comes_before_anything_is_written(tmp_path, capsys):
     for words, message in (
+        (["--seed", "-1"], "--seed is -1: expected an integer in [0, 2^31)"),
         (["--batch", "0"], "--batch is 0: expected at least 1"),
         (["--seq", "1"], "--seq is 1: expected at least 2"),
         (["--steps", "0", "5"], "phase 'pretraining': steps=0: expected an integer >= 1"),

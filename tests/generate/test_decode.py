@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import SMALL, assert_close, forward, random_model, random_tokens
-from zamba2_jax import decode_step, generate, prefill
+from zamba2_jax import decode_step, generate, init_cache, prefill
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,8 @@ def test_capacity_is_the_trained_context_by_default(model):
         ((2, 5), {"lengths": jnp.array([0, 5])}, "lengths=[0 5]: expected values in [1, 5]"),
         ((2, 5), {"lengths": jnp.array([1, 6])}, "lengths=[1 6]: expected values in [1, 5]"),
         ((2, 5), {"lengths": jnp.array([1, 2, 3])}, "lengths has shape (3,), expected (2,)"),
+        ((2, 5), {"cache": init_cache(SMALL, 2, 9), "capacity": 9}, "capacity=9 is for a new cache"),
+        ((2, 5), {"cache": init_cache(SMALL, 3, 9)}, "tokens has 2 rows, expected 3, as the cache"),
     ],
 )
 def test_prefill_names_wrong_arguments(unchecked, model, tokens, options, message):
@@ -86,6 +88,7 @@ def test_prefill_names_wrong_arguments(unchecked, model, tokens, options, messag
         ([[-1]], {}, "prompt 0 holds token -1, expected ids in [0, 32)"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0: expected at least 1"),
         ([[1]], {"temperature": -0.5}, "temperature=-0.5: expected 0 or more"),
+        ([[1]], {"temperature": float("nan")}, "temperature=nan: expected 0 or more"),
     ],
 )
 def test_generate_names_wrong_arguments(model, prompts, options, message):

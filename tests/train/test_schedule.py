@@ -60,8 +60,10 @@ def test_is_pure_and_traceable():
     ("bad", "message"),
     [
         ({"steps": 0, "warmup_steps": 0}, "steps=0: expected an integer >= 1"),
+        ({"steps": 14.5}, "steps=14.5: expected an integer >= 1"),
         ({"warmup_steps": 14}, r"warmup_steps=14: expected an integer in \[0, steps=14\)"),
         ({"warmup_steps": -1}, "warmup_steps=-1"),
+        ({"warmup_steps": 1.5}, "warmup_steps=1.5"),
         ({"peak_fraction": 0.0}, "peak_fraction=0.0: expected a finite number > 0"),
         ({"peak_fraction": math.nan}, "peak_fraction=nan"),
         ({"decay": "square"}, "decay='square': expected one of constant, linear, cosine, exponential"),

@@ -61,7 +61,7 @@ class Demo:
     """Directory to write to: new, empty, or of an earlier demo, which is replaced."""
     seed: int = 0
     """Seed of the weights, the order of the data and the sampling."""
-    steps: tuple[int, int] = (280, 720)
+    steps: tuple[int, int] = (240, 700)
     """Training steps of pretraining and of annealing."""
     batch: int = 4
     """Rows per step."""
@@ -135,6 +135,7 @@ class Demo:
         vocab_size = Zamba2Config.preset(self.preset).vocab_size
         rules = {
             "preset": (vocab_size >= MIN_VOCAB_SIZE, f"one of at least {MIN_VOCAB_SIZE} tokens, not {vocab_size}"),
+            "seed": (0 <= self.seed < 2**31, "an integer in [0, 2^31)"),
             "batch": (self.batch >= 1, "at least 1"),
             "seq": (self.seq >= 2, "at least 2"),
             "replay": (0 <= self.replay < 1, "a share in [0, 1)"),

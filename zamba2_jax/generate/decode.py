@@ -27,7 +27,7 @@ def prefill(
         tokens: prompts, padded at the end.
         lengths: real tokens in each row, from 1 to t; t by default.
         cache: where the rows stand; empty by default. Pass a prompt in pieces by passing the cache along.
-        capacity: tokens each row can hold, if the cache is new; `config.max_position_embeddings`, or t if that is
+        capacity: tokens each row can hold, only for a new cache; `config.max_position_embeddings`, or t if that is
             more, by default.
 
     Returns:
@@ -35,7 +35,8 @@ def prefill(
         cache the logits are NaN.
 
     Raises:
-        ValueError: there are no tokens, lengths are out of range, or t is more than the cache holds.
+        ValueError: there are no tokens, lengths are out of range, t is more than the cache holds, the cache is for
+            another number of rows, or both cache and capacity are given.
     """
     b, t = tokens.shape
     if t == 0:
@@ -43,7 +44,11 @@ def prefill(
     if cache is None:
         capacity = max(model.config.max_position_embeddings, t) if capacity is None else capacity
         cache = init_cache(model.config, b, capacity, model.dtype)
-    if cache.capacity is not None and t > cache.capacity:
+    elif capacity is not None:
+        raise ValueError(f"capacity={capacity} is for a new cache, and one of capacity {cache.capacity} is given")
+    if len(cache.lengths) != b:
+        raise ValueError(f"tokens has {b} rows, expected {len(cache.lengths)}, as the cache")
+    if t > cache.capacity:
         raise ValueError(f"{t} tokens in a row: expected at most the capacity of the cache, {cache.capacity}")
     if lengths is not None:
         _check_lengths(lengths, b, t)
@@ -103,7 +108,7 @@ def generate(
             raise ValueError(f"prompt {i} holds token {outside[0]}, expected ids in [0, {vocab})")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens={max_new_tokens}: expected at least 1")
-    if temperature < 0:
+    if not temperature >= 0:
         raise ValueError(f"temperature={temperature}: expected 0 or more")
     lengths = np.array([len(prompt) for prompt in prompts])
     tokens = np.zeros((len(prompts), lengths.max()), np.int32)
@@ -145,6 +150,4 @@ def _check_lengths(lengths: Array, b: int, t: int) -> None:
 
 def _nan_where_full(logits: Array, cache: Cache) -> Array:
     """A row past the end of its cache has lost tokens: better no answer than a wrong one."""
-    if cache.capacity is None:
-        return logits
     return jnp.where((cache.lengths > cache.capacity)[:, None], jnp.nan, logits)

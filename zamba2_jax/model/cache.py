@@ -44,9 +44,9 @@ class Cache:
     lengths: Int[Array, " b"]
 
     @property
-    def capacity(self) -> int | None:
-        """Tokens a row can hold; None where the model has no attention, whose state does not grow."""
-        return self.attention[0].k.shape[1] if self.attention else None
+    def capacity(self) -> int:
+        """Tokens a row can hold."""
+        return self.attention[0].k.shape[1]
 
 
 def init_cache(config: Zamba2Config, batch: int, capacity: int, dtype: DTypeLike = jnp.float32) -> Cache:

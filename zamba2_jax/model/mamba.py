@@ -84,10 +84,7 @@ class Mamba2(nnx.Module):
             segment_ids=segment_ids,
             implementation=implementation,
         )
-        state = MambaState(
-            conv_x=tap("conv_x_state", conv_x), conv_bc=tap("conv_bc_state", conv_bc), ssm=tap("ssm_state", ssm)
-        )
-        return self._gate_and_project(y, z, tap), state
+        return self._gate_and_project(y, z, tap), _state(conv_x, conv_bc, ssm, tap)
 
     def step(
         self, u: Float[Array, "b d"], state: MambaState, *, tap: Tap = no_tap
@@ -97,7 +94,7 @@ class Mamba2(nnx.Module):
         x, conv_x = causal_conv1d_step(x, self.conv_x[...], self.conv_x_bias[...], state.conv_x)
         bc, conv_bc = causal_conv1d_step(bc, self.conv_bc[...], self.conv_bc_bias[...], state.conv_bc)
         y, ssm = ssd_step(*self._scan_inputs(x, dt, bc, tap), state=state.ssm)
-        return self._gate_and_project(y, z, tap), MambaState(conv_x=conv_x, conv_bc=conv_bc, ssm=ssm)
+        return self._gate_and_project(y, z, tap), _state(conv_x, conv_bc, ssm, tap)
 
     def _project(self, u: Array, tap: Tap) -> tuple[Array, Array, Array, Array]:
         """z, x, (B, C) and dt; dt after its bias, softplus and clamp, in at least float32."""
@@ -120,6 +117,12 @@ class Mamba2(nnx.Module):
     def _gate_and_project(self, y: Array, z: Array, tap: Tap) -> Array:
         y = gated_rms_norm(tap("y", y).reshape(z.shape), z, self.norm[...], self.config.ngroups, GATED_NORM_EPS)
         return tap("output", linear(y, self.out[...], value(self.out_bias)))
+
+
+def _state(conv_x: Array, conv_bc: Array, ssm: Array, tap: Tap) -> MambaState:
+    return MambaState(
+        conv_x=tap("conv_x_state", conv_x), conv_bc=tap("conv_bc_state", conv_bc), ssm=tap("ssm_state", ssm)
+    )
 
 
 class MambaLayer(nnx.Module):

@@ -43,8 +43,9 @@ class Phase:
             if not valid:
                 raise ValueError(f"phase {self.name!r}: {field}={getattr(self, field)!r}: expected {rule}")
 
-        require(self.steps >= 1, "steps", "an integer >= 1")
-        require(0 <= self.warmup_steps < self.steps, "warmup_steps", f"an integer in [0, steps={self.steps})")
+        require(isinstance(self.steps, int) and self.steps >= 1, "steps", "an integer >= 1")
+        warms_up = isinstance(self.warmup_steps, int) and 0 <= self.warmup_steps < self.steps
+        require(warms_up, "warmup_steps", f"an integer in [0, steps={self.steps})")
         require(0 < self.peak_fraction < math.inf, "peak_fraction", "a finite number > 0")
         require(self.decay in get_args(Decay), "decay", f"one of {', '.join(get_args(Decay))}")
         require(0 <= self.final_fraction <= 1, "final_fraction", "a number in [0, 1]")
