@@ -9,10 +9,10 @@ demo: .venv/base
 	$(BIN)/zamba2 demo
 
 test: lint
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal
 
 test-full: lint
-	$(BIN)/pytest -n 2 -m ""
+	$(BIN)/pytest -n 2 --dist worksteal -m ""
 
 lint: .venv/dev
 	$(BIN)/ruff check .

@@ -89,6 +89,13 @@ def test_bad_options_are_refused_before_anything_runs(options, message):
         Parity(**options).run()
 
 
+def test_without_gradients_all_else_is_compared():
+    case = Case("forward", SMALL, batch=1, seq=9)
+    for report in (check(case, new_tokens=2, gradients=False), check_streaming(case, gradients=False)):
+        assert report.failures == ()
+        assert {row.group for row in report.rows} == set(GROUPS) - {"gradient"}
+
+
 def test_a_clamped_time_step_has_no_reference():
     config = dataclasses.replace(Zamba2Config.preset("zamba2-tiny"), time_step_limit=(0.01, math.inf))
     with pytest.raises(ValueError, match="time_step_limit"):

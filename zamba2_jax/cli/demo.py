@@ -61,7 +61,7 @@ class Demo:
     """Directory to write to: new, empty, or of an earlier demo, which is replaced."""
     seed: int = 0
     """Seed of the weights, the order of the data and the sampling."""
-    steps: tuple[int, int] = (240, 700)
+    steps: tuple[int, int] = (240, 760)
     """Training steps of pretraining and of annealing."""
     batch: int = 4
     """Rows per step."""

@@ -50,6 +50,8 @@ class Parity:
     precision: Literal["highest", "default"] = "highest"
     """Of our float32 matrix products. On CPU, "default" is a tenth faster and sums as XLA does, 1.6 times less exactly
     than PyTorch's MKL."""
+    gradients: bool = True
+    """Compare gradients too; they take most of the time."""
     streaming: bool = False
     """Hold one layer at a time, for models that do not fit; with --model or --preset."""
     new_tokens: int = 16
@@ -118,7 +120,13 @@ class Parity:
 
                 run = check_streaming if self.streaming else partial(check, new_tokens=self.new_tokens)
                 report = run(
-                    case, self.model, dtype=self.dtype, precision=self.precision, seed=self.seed, progress=progress
+                    case,
+                    self.model,
+                    dtype=self.dtype,
+                    precision=self.precision,
+                    gradients=self.gradients,
+                    seed=self.seed,
+                    progress=progress,
                 )
             yield report
 

@@ -79,6 +79,7 @@ def check(
     dtype: str = "float32",
     new_tokens: int = 16,
     precision: str = "highest",
+    gradients: bool = True,
     seed: int = 0,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Report:
@@ -91,6 +92,7 @@ def check(
         dtype: compute dtype of both sides, "float32" or "bfloat16".
         new_tokens: length of the greedy continuation.
         precision: of our float32 matrix products, as for `jax.default_matmul_precision`; see `ops.linear`.
+        gradients: whether to compare them; they take most of the time and memory.
         seed: of weights and tokens.
         progress: is told what is being done.
 
@@ -113,7 +115,7 @@ def check(
         progress("PyTorch: greedy continuation")
         their_tokens = reference.greedy(model, batch, new_tokens)
         progress("PyTorch: gradients")
-        for items in reference.gradients(model, case.config, batch):
+        for items in reference.gradients(model, case.config, batch, backward=gradients):
             theirs.add(items)
         del model
         gc.collect()
@@ -125,12 +127,12 @@ def check(
             progress("JAX: greedy continuation")
             our_tokens = ours.greedy(jax_model, batch, new_tokens)
             progress("JAX: gradients")
-            for items in ours.gradients(jax_model, batch):
+            for items in ours.gradients(jax_model, batch, backward=gradients):
                 our.add(items)
         jax.clear_caches()
         gc.collect()
 
-        oracle = evidence(case.config, *parts_of(jax_model), batch, ORACLE, sum_calls=True)
+        oracle = evidence(case.config, *parts_of(jax_model), batch, ORACLE, gradients=gradients, sum_calls=True)
         rows: list[Row] = []
         for items in with_settings(oracle, ORACLE):
             progress(f"float64 oracle: {next(iter(items))}")

@@ -83,6 +83,7 @@ def evidence(
     batch: Batch,
     precision: Precision,
     *,
+    gradients: bool,
     sum_calls: bool,
 ) -> Iterator[Items]:
     """All that parity compares but the greedy continuation: forward layer by layer, then backward.
@@ -95,6 +96,7 @@ def evidence(
         parts: gives the modules of a layer; asked once on the way forth and once back.
         batch: the tokens.
         precision: to compute in.
+        gradients: whether to go backward at all.
         sum_calls: whether the gradient of a shared block is summed over its calls, and given at the end; else each
             call's share is given by itself, as "gradient.calls.i.block", and memory holds one of them at a time.
     """
@@ -116,7 +118,10 @@ def evidence(
     yield {"logits": np.asarray(logits) * real}
     if tokens.shape[1] == 1:
         return
-    yield {"loss": np.asarray(loss), "gradient.norm": np.asarray(d_norm)}
+    yield {"loss": np.asarray(loss)}
+    if not gradients:
+        return
+    yield {"gradient.norm": np.asarray(d_norm)}
     if ends.head is not None:
         yield {"gradient.head": np.asarray(d_matrix)}
 

@@ -35,15 +35,18 @@ def forward(model: Zamba2, batch: Batch) -> Items:
     return items | {"logits": np.asarray(logits, np.float32) * real}
 
 
-def gradients(model: Zamba2, batch: Batch) -> Iterator[Items]:
-    """The loss, and its gradient in every parameter."""
+def gradients(model: Zamba2, batch: Batch, *, backward: bool = True) -> Iterator[Items]:
+    """The loss and, with `backward`, its gradient in every parameter."""
     if batch.tokens.shape[1] == 1:
         return
 
-    @jax.jit
-    def run(model: Zamba2, tokens: jax.Array, segment_ids: jax.Array | None) -> tuple[jax.Array, Zamba2]:
-        return jax.value_and_grad(lambda model: next_token_loss(model, tokens, segment_ids)[0])(model)
+    def loss_of(model: Zamba2, tokens: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+        return next_token_loss(model, tokens, segment_ids)[0]
 
+    if not backward:
+        yield {"loss": np.asarray(jax.jit(loss_of)(model, batch.tokens, batch.segment_ids))}
+        return
+    run = jax.jit(jax.value_and_grad(loss_of))
     loss, gradient = run(model, batch.tokens, batch.segment_ids)
     yield {"loss": np.asarray(loss)}
     for name, parameter in named_parameters(gradient).items():

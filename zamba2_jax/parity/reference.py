@@ -80,8 +80,10 @@ def forward(model: transformers.Zamba2ForCausalLM, batch: Batch) -> Items:
     return items | {"logits": _masked(result.logits, batch)}
 
 
-def gradients(model: transformers.Zamba2ForCausalLM, config: Zamba2Config, batch: Batch) -> Iterator[Items]:
-    """The loss, and its gradient in every parameter, by their paths in our model."""
+def gradients(
+    model: transformers.Zamba2ForCausalLM, config: Zamba2Config, batch: Batch, *, backward: bool = True
+) -> Iterator[Items]:
+    """The loss and, with `backward`, its gradient in every parameter, by their paths in our model."""
     inputs = _inputs(batch)
     labels = inputs["input_ids"].long().masked_fill(~torch.from_numpy(batch.real), -100)
     if batch.segment_ids is not None:
@@ -89,9 +91,12 @@ def gradients(model: transformers.Zamba2ForCausalLM, config: Zamba2Config, batch
         labels[torch.arange(len(labels)), first_real] = -100  # else padding would have to predict it
     if batch.tokens.shape[1] == 1:
         return
-    loss = model(**inputs, labels=labels, use_cache=False).loss
-    loss.backward()
+    with torch.set_grad_enabled(backward):
+        loss = model(**inputs, labels=labels, use_cache=False).loss
     yield {"loss": numpy(loss)}
+    if not backward:
+        return
+    loss.backward()
     parameters = dict(model.named_parameters())
     for tensor in tensors(config):
         gradient = parameters[tensor.name].grad

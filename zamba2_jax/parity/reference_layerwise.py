@@ -24,6 +24,8 @@ def evidence(
     parts: Callable[[LayerPlan], dict[Tensor, np.ndarray]],
     batch: Batch,
     dtype: torch.dtype,
+    *,
+    gradients: bool,
 ) -> Iterator[Items]:
     """What `layerwise.evidence` gives without `sum_calls`, from the modules of transformers.
 
@@ -33,6 +35,7 @@ def evidence(
         parts: gives the tensors of a layer, those of the shared block it calls among them; asked twice per layer.
         batch: the tokens, without padding.
         dtype: to compute in.
+        gradients: whether to go backward at all.
     """
     hf = reference_config(config, CHUNK_SIZE)
     hf._attn_implementation = "sdpa"
@@ -64,7 +67,10 @@ def evidence(
     loss.backward()
     cotangent, d_norm, d_matrix = (leaf.grad for leaf in leaves)
     yield {"logits": numpy(logits)}
-    yield {"loss": numpy(loss), "gradient.norm": numpy(d_norm)}
+    yield {"loss": numpy(loss)}
+    if not gradients:
+        return
+    yield {"gradient.norm": numpy(d_norm)}
     if not config.tie_embeddings:
         yield {"gradient.head": numpy(d_matrix).T}
 

@@ -32,6 +32,7 @@ def check_streaming(
     *,
     dtype: str = "float32",
     precision: str = "highest",
+    gradients: bool = True,
     seed: int = 0,
     progress: Callable[[str], None] = lambda line: None,
 ) -> Report:
@@ -45,6 +46,7 @@ def check_streaming(
         directory: a checkpoint of that architecture; random weights by default, made anew for every layer.
         dtype: compute dtype of both sides, "float32" or "bfloat16".
         precision: of our float32 matrix products, as for `jax.default_matmul_precision`; see `ops.linear`.
+        gradients: whether to compare them; they take two thirds of the time.
         seed: of weights and tokens.
         progress: is told what is being compared.
 
@@ -58,11 +60,16 @@ def check_streaming(
     sides = layerwise.Precision(dtype, "xla", precision), layerwise.ORACLE
     our, oracle = (
         layerwise.with_settings(
-            layerwise.evidence(case.config, weights.ends(), weights.parts, batch, side, sum_calls=False), side
+            layerwise.evidence(
+                case.config, weights.ends(), weights.parts, batch, side, gradients=gradients, sum_calls=False
+            ),
+            side,
         )
         for side in sides
     )
-    their = reference_layerwise.evidence(case.config, weights.outer, weights.layer, batch, getattr(torch, dtype))
+    their = reference_layerwise.evidence(
+        case.config, weights.outer, weights.layer, batch, getattr(torch, dtype), gradients=gradients
+    )
     rows: list[Row] = []
     for a, b, c in zip(our, their, oracle, strict=True):
         progress(f"both sides and float64 oracle: {next(iter(c))}")
