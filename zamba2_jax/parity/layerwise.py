@@ -74,6 +74,7 @@ def with_settings(items: Iterator[Items], precision: Precision) -> Iterator[Item
         if step is None:
             return
         yield step
+        del step  # or it would be held while the next one is computed
 
 
 def evidence(
@@ -132,6 +133,7 @@ def evidence(
         given = _shared_term(block, call, h, embedded, segment_ids, precision)
         d_layer, cotangent, d_given = _mamba_backward(layer, h, given, segment_ids, cotangent, precision)
         yield _gradients(f"layers.{row.layer}", d_layer)
+        del d_layer
         if row.hybrid is None:
             continue
         d_block, d_call, d_h, d_e = _shared_backward(block, call, h, embedded, segment_ids, d_given, precision)
@@ -142,6 +144,7 @@ def evidence(
             yield _gradients(f"calls.{row.hybrid.call}.block", d_block)
         else:
             d_shared[b] = d_block if b not in d_shared else jax.tree.map(jnp.add, d_shared[b], d_block)
+        del d_block
     for b, d_block in d_shared.items():
         yield _gradients(f"shared.{b}", d_block)
     d_embed = jnp.zeros(ends.embed.shape, embedded.dtype).at[tokens].add(d_embedded + cotangent)
