@@ -12,6 +12,7 @@ from jax.test_util import check_grads
 from tests.helpers import as_dtype, assert_close, assert_finite
 from tests.ops.segment_rows import ALL_ROWS, documents
 from zamba2_jax.ops import ssd, ssd_step
+from zamba2_jax.ops.ssd import default_implementation
 
 # All different, but for r = h / g, so that no axis can stand in for another.
 b, t, h, p, n = 4, 12, 6, 8, 7
@@ -249,8 +250,11 @@ def test_bfloat16_is_computed_in_float32(implementation):
 
 
 WRONG = [
-    ({"chunk_size": 0}, "chunk_size=0: expected an integer >= 1"),
-    ({"implementation": "cuda"}, "implementation='cuda': expected one of xla, associative, sequential"),
+    ({"chunk_size": 0}, "chunk_size=0: expected an integer from 1 to 512"),
+    (
+        {"implementation": "cuda"},
+        "implementation='cuda': expected one of xla, pallas_tpu, pallas_gpu, associative, sequential",
+    ),
     ({"x": jnp.zeros((2, 3, 4))}, "x has shape (2, 3, 4) and B (4, 12, 2, 7), expected [b, t, h, p] and [b, t, g, n]"),
     ({"x": jnp.zeros((4, 0, 6, 8))}, "x has shape (4, 0, 6, 8): expected at least one token"),
     ({"B": jnp.zeros((4, 12, 4, 7))}, "6 heads do not divide into 4 groups"),
@@ -267,3 +271,38 @@ WRONG = [
 def test_wrong_arguments_are_named(unchecked, changes, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         ssd(**on_device(arguments(2)) | changes)
+
+
+@pytest.mark.parametrize(
+    ("backend", "devices", "expected"),
+    [("cpu", 1, "xla"), ("gpu", 1, "xla"), ("tpu", 1, "pallas_tpu"), ("tpu", 8, "xla")],
+)
+def test_default_implementation(monkeypatch, backend, devices, expected):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    assert default_implementation() == expected
+
+
+def test_kernels_are_the_default_of_a_shard(monkeypatch):
+    """Inside of a `shard_map` every device has its own, whole problem."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    seen = []
+
+    def shard(x):
+        seen.append(default_implementation())
+        return x
+
+    mesh = jax.make_mesh((2,), ("data",))
+    specs = jax.sharding.PartitionSpec("data")
+    jax.eval_shape(jax.shard_map(shard, mesh=mesh, in_specs=specs, out_specs=specs), jnp.zeros(2))
+    assert seen == ["pallas_tpu"]
+
+
+@pytest.mark.parametrize(
+    ("implementation", "platform", "kernel"),
+    [("pallas_tpu", "tpu", "tpu_custom_call"), ("pallas_gpu", "cuda", "__gpu$xla.gpu.triton")],
+)
+def test_kernels_are_what_is_lowered(implementation, platform, kernel):
+    inputs = as_dtype(on_device(arguments(2)), jnp.float32)
+    traced = jax.jit(partial(ssd, implementation=implementation)).trace(**inputs)
+    assert kernel in traced.lower(lowering_platforms=(platform,)).as_text()

@@ -63,7 +63,7 @@ class Mamba2(nnx.Module):
         segment_ids: Int[Array, "b t"] | None = None,
         *,
         tap: Tap = no_tap,
-        implementation: Implementation = "xla",
+        implementation: Implementation | None = None,
     ) -> tuple[Float[Array, "b t d"], MambaState]:
         """The block over whole rows, from `state` (zeros by default), and the state after them."""
         before_x, before_bc, before = (None,) * 3 if state is None else (state.conv_x, state.conv_bc, state.ssm)
@@ -141,7 +141,7 @@ class MambaLayer(nnx.Module):
         segment_ids: Int[Array, "b t"] | None = None,
         *,
         tap: Tap = no_tap,
-        implementation: Implementation = "xla",
+        implementation: Implementation | None = None,
     ) -> tuple[Float[Array, "b t d"], MambaState]:
         """The layer over whole rows, from `state` (zeros by default), and the state after them."""
         u = self._norm(h, shared, tap)

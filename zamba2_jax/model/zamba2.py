@@ -57,7 +57,7 @@ class Zamba2(nnx.Module):
         *,
         inputs_embeds: Float[Array, "b t d"] | None = None,
         tap: Tap = no_tap,
-        implementation: Implementation = "xla",
+        implementation: Implementation | None = None,
     ) -> Float[Array, "b t v"]:
         """Logits of the next token, at every token.
 
@@ -87,7 +87,7 @@ class Zamba2(nnx.Module):
         inputs_embeds: Float[Array, "b t d"] | None = None,
         cache: Cache | None = None,
         tap: Tap = no_tap,
-        implementation: Implementation = "xla",
+        implementation: Implementation | None = None,
     ) -> tuple[Float[Array, "b t d"], Cache | None]:
         """What the output head reads: the final norm's output; and the cache, if one is given, after the tokens.
 

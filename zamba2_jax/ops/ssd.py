@@ -7,13 +7,14 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from zamba2_jax.ops.segments import document_index
-from zamba2_jax.ops.ssd_reference import join, ssd_associative, ssd_sequential
-from zamba2_jax.typing import Array, Bool, Float, Int, at_least_fp32
+from zamba2_jax.ops.decay import MAX_CHUNK, log_decays
+from zamba2_jax.ops.ssd_pallas_gpu import ssd_pallas_gpu
+from zamba2_jax.ops.ssd_pallas_tpu import ssd_pallas_tpu
+from zamba2_jax.ops.ssd_reference import ssd_associative, ssd_sequential
+from zamba2_jax.ops.ssd_xla import ssd_xla
+from zamba2_jax.typing import Array, Float, Int, at_least_fp32
 
-Implementation = Literal["xla", "associative", "sequential"]
-
-CHUNK_SIZE = 64
+Implementation = Literal["xla", "pallas_tpu", "pallas_gpu", "associative", "sequential"]
 
 
 def ssd(
@@ -26,12 +27,13 @@ def ssd(
     *,
     initial_state: Float[Array, "b h p n"] | None = None,
     segment_ids: Int[Array, "b t"] | None = None,
-    chunk_size: int = CHUNK_SIZE,
-    implementation: Implementation = "xla",
+    chunk_size: int | None = None,
+    implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "b t h p"], Float[Array, "b h p n"]]:
     """S_t = exp(dt_t A) S_{t-1} + dt_t x_t B_t^T and y_t = S_t C_t + D x_t, for every head and all t.
 
-    Differentiable in every floating-point argument. Finite, gradients too, for any finite input.
+    Differentiable in every floating-point argument, in reverse; the oracles in every mode. Finite, gradients too, for
+    any finite input.
 
     Args:
         x: input of the scan.
@@ -42,9 +44,11 @@ def ssd(
         initial_state: S before the first token; zeros by default. It belongs to the first document.
         segment_ids: documents; the state restarts from 0 at each but the first. Padding leaves the state as it is, and
             its y has no meaning. See `ops.segments`.
-        chunk_size: tokens per chunk; changes speed and memory, not the result. Only "xla" reads it.
-        implementation: "xla", chunks by matrix products (section 6 of the paper), or one of the oracles,
-            "associative" and "sequential".
+        chunk_size: tokens per chunk of "xla", which is the only one to read it; changes speed and memory, not the
+            result. By default what was measured to be fastest.
+        implementation: "xla", chunks by matrix products (section 6 of the paper); "pallas_tpu" and "pallas_gpu", the
+            same in kernels for bfloat16 and float32; or one of the oracles, "associative" and "sequential". By default
+            what `default_implementation` gives.
 
     Returns:
         y, in the dtype of x, and S after the last token, in at least float32.
@@ -53,16 +57,27 @@ def ssd(
         ValueError: h is not a multiple of g, a size disagrees, or `chunk_size` or `implementation` is not valid.
     """
     _check_shapes(x, dt, A, B, C, D, initial_state, segment_ids)
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size={chunk_size}: expected an integer >= 1")
-    implementations: dict[str, Callable[..., tuple[Array, Array]]] = {
-        "xla": partial(_ssd_chunked, chunk_size=chunk_size),
+    if chunk_size is not None and not 1 <= chunk_size <= MAX_CHUNK:
+        raise ValueError(f"chunk_size={chunk_size}: expected an integer from 1 to {MAX_CHUNK}")
+    oracles: dict[str, Callable[..., tuple[Array, Array]]] = {
         "associative": ssd_associative,
         "sequential": ssd_sequential,
     }
-    if implementation not in implementations:
-        raise ValueError(f"implementation={implementation!r}: expected one of {', '.join(implementations)}")
-    return implementations[implementation](x, dt, A, B, C, D, initial_state=initial_state, segment_ids=segment_ids)
+    if implementation in oracles:
+        return oracles[implementation](x, dt, A, B, C, D, initial_state=initial_state, segment_ids=segment_ids)
+
+    chunked: dict[str, Callable[..., tuple[Array, Array]]] = {
+        "xla": partial(_xla, chunk_size=chunk_size),
+        "pallas_tpu": ssd_pallas_tpu,
+        "pallas_gpu": ssd_pallas_gpu,
+    }
+    implementation = implementation or default_implementation()
+    if implementation not in chunked:
+        raise ValueError(f"implementation={implementation!r}: expected one of {', '.join([*chunked, *oracles])}")
+    dt = dt.astype(at_least_fp32(x.dtype))
+    if segment_ids is not None:
+        dt = jnp.where(segment_ids[..., None] != 0, dt, 0)
+    return chunked[implementation](x, dt, log_decays(dt, A, segment_ids), B, C, D, initial_state)
 
 
 def ssd_step(
@@ -88,82 +103,23 @@ def ssd_step(
     return (y if D is None else y + D[:, None] * x).astype(x.dtype), state
 
 
-def _ssd_chunked(
-    x: Array,
-    dt: Array,
-    A: Array,
-    B: Array,
-    C: Array,
-    D: Array | None,
-    *,
-    initial_state: Array | None,
-    segment_ids: Array | None,
-    chunk_size: int,
-) -> tuple[Array, Array]:
-    (b, t, h, p), (g, n), wide = x.shape, B.shape[2:], at_least_fp32(x.dtype)
-    size = min(chunk_size, t)
-    documents = None if segment_ids is None else document_index(segment_ids)
-    if segment_ids is not None:
-        dt = jnp.where(segment_ids[..., None] != 0, dt, 0)
+def default_implementation() -> Implementation:
+    """What `ssd` uses unless told: "pallas_tpu" on a TPU, else "xla".
 
-    def chunked(array: Array, *shape: int) -> Array:
-        """[b, t, ...] -> [b, c, s, *shape], filled with zeros: a token with dt = 0 changes nothing."""
-        padded = jnp.pad(array, [(0, 0), (0, -t % size)] + [(0, 0)] * (array.ndim - 2))
-        return padded.reshape(b, -1, size, *shape)
-
-    heads = (g, h // g)
-    dt = chunked(dt.astype(wide), *heads)
-    dtx = dt[..., None] * chunked(x.astype(wide), *heads, p)
-    B, C = chunked(B.astype(wide), g, n), chunked(C.astype(wide), g, n)
-    log_decay = jnp.moveaxis(dt * A.astype(wide).reshape(heads), 2, -1)  # b c g r s
-    same, carries = _document_masks(documents, t, size)
-
-    # 1. Within a chunk: y_l += sum_{s <= l} (C_l . B_s) decay(s -> l) dt_s x_s.
-    decay = jnp.exp(jnp.where(same[:, :, None, None], _segment_sums(log_decay), -jnp.inf))  # b c g r l s
-    scores = jnp.einsum("bclgn,bcsgn->bcgls", C, B)
-    y = jnp.einsum("bcgrls,bcsgrp->bclgrp", scores[:, :, :, None] * decay, dtx)
-
-    # 2. What each chunk adds to the state by its end.
-    added = jnp.einsum("bcgrs,bcsgrp,bcsgn->bcgrpn", decay[..., -1, :], dtx, B)
-
-    # 3. The state at the end of each chunk, chunks joined by an associative scan, and so at the start of the next.
-    from_start = jnp.exp(jnp.cumsum(log_decay, axis=-1)) * carries[:, :, None, None]  # b c g r l
-    state = jnp.zeros((b, h, p, n), wide) if initial_state is None else initial_state.astype(wide)
-    state = state.reshape(b, 1, *heads, p, n)
-    total_decay, ends = jax.lax.associative_scan(join, (from_start[..., -1], added), axis=1)
-    ends = ends + total_decay[..., None, None] * state
-    starts = jnp.concatenate([state, ends[:, :-1]], axis=1)
-
-    # 4. What the state at the start of the chunk gives to each of its tokens.
-    y += jnp.einsum("bclgn,bcgrpn->bclgrp", C, starts) * jnp.moveaxis(from_start, -1, 2)[..., None]
-
-    y = y.reshape(b, -1, h, p)[:, :t]
-    if D is not None:
-        y += D[:, None] * x
-    return y.astype(x.dtype), ends[:, -1].reshape(b, h, p, n)
-
-
-def _segment_sums(a: Float[Array, "*batch s"]) -> Float[Array, "*batch l s"]:
-    """sum of a_k over s < k <= l, for l >= s; 0 elsewhere.
-
-    A cumulative sum of masked values per column: differences of one cumulative sum would lose the small sums to the
-    rounding of the large ones.
+    The compiler cannot divide a kernel among devices: with several of them it is "xla" on TPUs too, but inside of a
+    `jax.shard_map` over all axes of the mesh. On GPUs our kernels have not been measured to be faster yet.
     """
-    size = a.shape[-1]
-    later = jnp.tril(jnp.ones((size, size), bool), -1)  # k > s
-    return jnp.cumsum(jnp.where(later, a[..., :, None], 0), axis=-2)
+    mesh = jax.sharding.get_abstract_mesh()
+    alone = jax.device_count() == 1 or (not mesh.empty and set(mesh.manual_axes) == set(mesh.axis_names))
+    return "pallas_tpu" if jax.default_backend() == "tpu" and alone else "xla"
 
 
-def _document_masks(
-    documents: Int[Array, "b t"] | None, length: int, size: int
-) -> tuple[Bool[Array, "b c l s"], Bool[Array, "b c l"]]:
-    """Which tokens s of a chunk reach token l, and which tokens l the state at the chunk's start reaches."""
-    causal = jnp.tril(jnp.ones((size, size), bool))
-    if documents is None:
-        return causal[None, None], jnp.ones((1, 1, size), bool)
-    padded = jnp.pad(documents, ((0, 0), (0, -length % size)), mode="edge").reshape(documents.shape[0], -1, size)
-    before = jnp.pad(padded[:, :-1, -1], ((0, 0), (1, 0)))  # the first document of a row has number 0
-    return causal & (padded[..., :, None] == padded[..., None, :]), padded == before[..., None]
+def _xla(*inputs: Array | None, chunk_size: int | None) -> tuple[Array, Array]:
+    """`ssd_xla` at the sizes that are fastest: a chunk that stays in the cache on CPU, many at once elsewhere."""
+    assert inputs[0] is not None
+    best, window = (32, 1) if jax.default_backend() == "cpu" else (64, 16)
+    chunk_size = min(chunk_size or best, inputs[0].shape[1])
+    return ssd_xla(*inputs, chunk_size, min(window, -(-inputs[0].shape[1] // chunk_size)))
 
 
 def _check_shapes(

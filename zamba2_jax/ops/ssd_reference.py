@@ -54,15 +54,15 @@ def ssd_associative(
     decay, added, C_of_head, reset, state = _terms(x, dt, A, B, C, initial_state, segment_ids)
     decay = jnp.where(reset[..., None], 0, decay)
     added = added.at[:, 0].add(decay[:, 0, :, None, None] * state)
-    _, states = jax.lax.associative_scan(join, (decay, added), axis=1)
+    _, states = jax.lax.associative_scan(join, (decay[..., None, None], added), axis=1)
     y = jnp.einsum("bthpn,bthn->bthp", states, C_of_head, precision="highest")
     return _skip(y, x, D), states[:, -1]
 
 
 def join(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[Array, Array]:
-    """Two stretches of time as one: decay [...] and the state [..., p, n] a stretch ends in when it starts from 0."""
+    """Two stretches of time as one: their decays, and the states they end in when they start from 0."""
     (decay1, state1), (decay2, state2) = first, second
-    return decay1 * decay2, decay2[..., None, None] * state1 + state2
+    return decay1 * decay2, decay2 * state1 + state2
 
 
 def _terms(
