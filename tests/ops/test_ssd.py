@@ -292,9 +292,9 @@ def test_kernels_are_the_default_of_a_shard(monkeypatch):
         seen.append(default_implementation())
         return x
 
-    mesh = jax.make_mesh((2,), ("data",))
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     specs = jax.sharding.PartitionSpec("data")
-    jax.eval_shape(jax.shard_map(shard, mesh=mesh, in_specs=specs, out_specs=specs), jnp.zeros(2))
+    jax.jit(jax.shard_map(shard, mesh=mesh, in_specs=specs, out_specs=specs))(np.zeros(2))
     assert seen == ["pallas_tpu"]
 
 
