@@ -83,3 +83,9 @@ def pad_rows(rows, length, lead=None):
         tokens[i, start : start + len(row)] = row
         segment_ids[i, start : start + len(row)] = 1
     return jnp.asarray(tokens), jnp.asarray(segment_ids)
+
+
+def for_a_gpu():
+    """A context in which programs are lowered for a GPU that is not there."""
+    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))

@@ -1,6 +1,7 @@
 """The scan against a plain loop in numpy, in every implementation."""
 
 import re
+from contextlib import nullcontext
 from functools import partial
 
 import jax
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from tests.helpers import as_dtype, assert_close, assert_finite
+from tests.helpers import as_dtype, assert_close, assert_finite, for_a_gpu
 from tests.ops.segment_rows import ALL_ROWS, documents
 from zamba2_jax.ops import ssd, ssd_step
 from zamba2_jax.ops.ssd import default_implementation
@@ -299,10 +300,14 @@ def test_kernels_are_the_default_of_a_shard(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("implementation", "platform", "kernel"),
-    [("pallas_tpu", "tpu", "tpu_custom_call"), ("pallas_gpu", "cuda", "__gpu$xla.gpu.triton")],
+    ("implementation", "platform", "kernel", "context"),
+    [
+        ("pallas_tpu", "tpu", "tpu_custom_call", nullcontext()),
+        ("pallas_gpu", "cuda", "__gpu$xla.gpu.triton", for_a_gpu()),
+    ],
 )
-def test_kernels_are_what_is_lowered(implementation, platform, kernel):
+def test_kernels_are_what_is_lowered(implementation, platform, kernel, context):
     inputs = as_dtype(on_device(arguments(2)), jnp.float32)
-    traced = jax.jit(partial(ssd, implementation=implementation)).trace(**inputs)
-    assert kernel in traced.lower(lowering_platforms=(platform,)).as_text()
+    with context:
+        traced = jax.jit(partial(ssd, implementation=implementation)).trace(**inputs)
+        assert kernel in traced.lower(lowering_platforms=(platform,)).as_text()
