@@ -34,11 +34,10 @@ RESULTS = Path(__file__).with_suffix(".json")
 SHAPES = {
     "t=1024 h=64 p=64 n=64 g=1": (1, 1024, 64, 64, 64, 1),
     "t=4096 h=112 p=64 n=64 g=2 (7B)": (1, 4096, 112, 64, 64, 2),
-    "t=2048 h=64 p=64 n=128 g=1 (1.2B)": (1, 2048, 64, 64, 128, 1),
 }
-TORCH_CHUNKS = (32, 64, 128, 256)
+TORCH_CHUNKS = (32, 64, 128)
 OTHERS = {"mamba2-jax": "mamba2_jax.modeling", "bonsai": "bonsai.models.mamba2.modeling"}
-OTHER_CHUNKS = (64, 128)
+OTHER_CHUNKS = (64,)
 
 Inputs = dict[str, Any]
 Call = Callable[[], Any]
@@ -129,20 +128,21 @@ def speed() -> list[Row]:
         for i, what in enumerate(("forward", "forward and backward")):
             best = {}
             for package, calls in everything.items():
-                first = milliseconds({str(chunk): pair[i] for chunk, pair in calls.items()}, rounds=2)
+                first = milliseconds({str(chunk): pair[i] for chunk, pair in calls.items()}, rounds=1)
                 best[package] = min(calls, key=lambda chunk, first=first: first[str(chunk)])
-            times = milliseconds({package: everything[package][best[package]][i] for package in best}, rounds=7)
+            times = milliseconds({package: everything[package][best[package]][i] for package in best}, rounds=5)
             for package, ms in times.items():
                 row = {"shape": name, "pass": what, "of": package, "chunk": best[package] or "default", "ms": ms}
                 rows.append(row | {"ours / it": times["ours"] / ms})
+                print(rows[-1], file=sys.stderr, flush=True)
     return rows
 
 
 def error() -> list[Row]:
     """|y - exact| / |exact| beside transformers in float32, and beside mamba_ssm's arithmetic in bfloat16."""
     rows = []
-    for name, shape in SHAPES.items():
-        inputs = arguments(*shape)
+    for name, (b, _, *sizes) in SHAPES.items():
+        inputs = arguments(b, 1024, *sizes)  # of longer rows the oracle's terms do not fit
         low = {key: rounded(array) if key in "xBC" else array for key, array in inputs.items()}
         found = {"float32": {"ours": scanned(inputs), "transformers": of_torch(64, inputs)[0]().numpy()}}
         found["bfloat16"] = {"ours": scanned(low, jnp.bfloat16), "mamba_ssm, simulated": as_mamba_ssm(**low)}
@@ -152,7 +152,7 @@ def error() -> list[Row]:
                 exact = np.asarray(jax.jit(lambda wide: ssd_sequential(**wide)[0])(wide))
             for of, y in results.items():
                 relative = float(np.linalg.norm(np.float64(y) - exact) / np.linalg.norm(exact))
-                rows.append({"shape": name, "dtype": dtype, "of": of, "error": relative})
+                rows.append({"sizes of": name, "dtype": dtype, "of": of, "error": relative})
     return rows
 
 

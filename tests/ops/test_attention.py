@@ -4,10 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
 
 from tests.helpers import assert_close, assert_finite, normal
 from tests.ops.segment_rows import ALL_ROWS, LENGTH, documents
 from zamba2_jax import ops
+from zamba2_jax.ops import attention_splash, attention_xla
+from zamba2_jax.ops.attention import default_implementation
 
 SCALE = 0.7
 b, t, h, kv, p = 2, 6, 6, 2, 5
@@ -117,3 +121,135 @@ def test_bfloat16_has_its_softmax_in_float32():
     out = causal_attention(jnp.repeat(q, 2, axis=1), k, v, 1.0)
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.float32(out[0, 1]), 1 / (1 + np.exp(-1)), rtol=2**-8)
+
+
+def rows_of(length):
+    """Documents that end where blocks of 4 do, and elsewhere, with padding before, between and after."""
+    time = np.arange(length)
+    return np.stack([time // 8 + 1, np.where(time % 13 < 3, 0, time // 13 + 1), np.zeros(length, int)])
+
+
+def at_once(q, k, v, segment_ids, scale=SCALE):
+    """All scores at once, written another way than the op: k and v repeated, a mask for all pairs."""
+    length, repeats = q.shape[1], q.shape[2] // k.shape[2]
+    k, v = (jnp.repeat(x, repeats, axis=2) for x in (k, v))
+    index = ops.segments.document_index(segment_ids)
+    visible = jnp.tril(jnp.ones((length, length), bool)) & (index[:, :, None] == index[:, None])
+    visible &= (segment_ids != 0)[:, :, None] == (segment_ids != 0)[:, None]
+    scores = jnp.where(visible[:, None], jnp.einsum("bthp,buhp->bhtu", q, k) * scale, -jnp.inf)
+    return jnp.einsum("bhtu,buhp->bthp", jax.nn.softmax(scores), v)
+
+
+def with_gradients(function, weights, *arguments):
+    out, pull = jax.vjp(function, *arguments)
+    return out, *pull(weights)
+
+
+@pytest.mark.parametrize(("length", "packed"), [(4, True), (11, True), (30, True), (30, False)])
+def test_blocks_equal_all_at_once(monkeypatch, rounding, length, packed):
+    """Values and gradients of one block, and of two spans of one and three of several, each with a rest."""
+    monkeypatch.setattr(attention_xla, "BLOCK", 4)
+    monkeypatch.setattr(attention_xla, "SPANS", 3)
+    ids = jnp.asarray(rows_of(length)) if packed else None
+
+    def blocks(q, k, v):
+        return ops.causal_attention(q, k, v, SCALE, ids, implementation="xla")
+
+    def expected(q, k, v):
+        return at_once(q, k, v, ids if packed else jnp.ones((3, length), int))
+
+    inputs = normal(3, length, 4, p, seed=3), *arguments(3, length, 4, 2)
+    got, right = (jax.jit(lambda *a, f=f: with_gradients(f, *a))(*inputs) for f in (blocks, expected))
+    assert_close(got, right, 4 * rounding)
+
+
+@pytest.mark.parametrize("length", [4, 10])
+def test_cache_by_blocks(monkeypatch, rounding, length):
+    """Queries of several blocks after 5 cached tokens: what a row without a cache gives at its end; gradients too."""
+    monkeypatch.setattr(attention_xla, "BLOCK", 4)
+    q, k, v = arguments(2, length + 5)
+    slots = jnp.broadcast_to(jnp.arange(5, length + 5), (2, length))
+    free = ((0, 0), (0, length + 3), (0, 0), (0, 0))
+
+    def cached(q, k, v):
+        caches = (jnp.pad(x[:, :5], free, constant_values=7) for x in (k, v))
+        return ops.cached_attention(q[:, 5:], k[:, 5:], v[:, 5:], *caches, slots, jnp.ones(slots.shape, bool), SCALE)[0]
+
+    def whole(q, k, v):
+        return at_once(q, k, v, jnp.ones(q.shape[:2], int))[:, 5:]
+
+    weights = normal(2, length, h, p, seed=3)
+    got, expected = (jax.jit(lambda *a, f=f: with_gradients(f, *a))(weights, q, k, v) for f in (cached, whole))
+    assert_close(got, expected, 4 * rounding)
+
+
+def test_memory_is_linear_in_the_length(monkeypatch):
+    """Twice the tokens take twice the memory, of a gradient too; scores of all pairs would take four times it."""
+    monkeypatch.setattr(attention_xla, "SPANS", 2)
+
+    def memory(length):
+        q = jax.ShapeDtypeStruct((1, length, 4, 32), jnp.float32)
+        total = jax.grad(lambda *qkv: ops.causal_attention(*qkv, 1.0, implementation="xla").sum(), argnums=(0, 1, 2))
+        return jax.jit(total).lower(q, q, q).compile().memory_analysis().temp_size_in_bytes
+
+    assert memory(8192) < 2.2 * memory(4096)
+
+
+@pytest.mark.parametrize(("length", "kv_heads"), [(20, 4), (600, 2)])
+def test_splash_equals_all_at_once(length, kv_heads):
+    q, k, v = arguments(3, length, 4, kv_heads)
+    weights, ids = normal(3, length, 4, p, seed=3), jnp.asarray(rows_of(length))
+    tags = 2 * ops.segments.document_index(ids) + (ids != 0)
+
+    def splash(q, k, v):
+        return attention_splash.attention_splash(q, k, v, tags, SCALE, interpret=True)
+
+    got = jax.jit(lambda *a: with_gradients(splash, *a))(weights, q, k, v)
+    expected = jax.jit(lambda *a: with_gradients(lambda *a: at_once(*a, ids), *a))(weights, q, k, v)
+    assert_close(got, expected, 4e-6)
+
+
+@pytest.mark.parametrize("p", [128, 160, 224])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_splash_compiles_for_a_tpu(monkeypatch, p, dtype):
+    """Values and gradients at the head dims of the released models, by the real compiler, without t x t scores."""
+    pytest.importorskip("libtpu", reason="needs the TPU compiler, of the tpu extra")
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor a TPU that two processes could want
+    device = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
+    q = jax.ShapeDtypeStruct((1, 2048, 32, p), dtype, sharding=SingleDeviceSharding(device))
+    ids = jax.ShapeDtypeStruct((1, 2048), jnp.int32, sharding=SingleDeviceSharding(device))
+
+    def attend(ids, weights, *qkv):
+        return with_gradients(lambda *qkv: ops.causal_attention(*qkv, 0.1, ids, implementation="splash"), weights, *qkv)
+
+    program = jax.jit(attend).lower(ids, q, q, q, q).compile()
+    assert program.as_text().count('custom_call_target="tpu_custom_call"') == 3
+    assert program.memory_analysis().temp_size_in_bytes < 2048**2 * 32 * 4
+
+
+@pytest.mark.parametrize(
+    ("implementation", "shape", "dtype", "ids", "message"),
+    [
+        ("pallas", (1, 8, 2, 16), jnp.float32, None, "implementation='pallas': expected one of xla, splash, cudnn"),
+        ("splash", (1, 8, 2, 16), jnp.float16, None, "q has dtype float16, expected bfloat16 or float32"),
+        ("cudnn", (1, 8, 2, 16), jnp.float32, None, "q has dtype float32, cuDNN takes float16 and bfloat16"),
+        ("cudnn", (1, 8, 2, 20), jnp.bfloat16, None, "the head dim is 20, cuDNN takes multiples of 8 up to 256"),
+        ("cudnn", (1, 8, 2, 264), jnp.bfloat16, None, "the head dim is 264, cuDNN"),
+        ("cudnn", (1, 8, 2, 16), jnp.bfloat16, np.ones((1, 8), int), r"segment_ids of shape \(1, 8\): cuDNN"),
+    ],
+)
+def test_what_an_implementation_does_not_do_is_refused(unchecked, implementation, shape, dtype, ids, message):
+    x = jnp.zeros(shape, dtype)
+    with pytest.raises(ValueError, match=message):
+        ops.causal_attention(x, x, x, 1.0, ids, implementation=implementation)
+
+
+@pytest.mark.parametrize(
+    ("backend", "devices", "expected"),
+    [("cpu", 1, "xla"), ("gpu", 1, "xla"), ("tpu", 1, "splash"), ("tpu", 4, "xla")],
+)
+def test_default_implementation(monkeypatch, backend, devices, expected):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    assert default_implementation() == expected

@@ -87,7 +87,7 @@ CASES = [
 def test_equals_the_recurrence(x64, tuning, options):
     inputs, segment_ids = arguments(**options)
     got = run(as_dtype(inputs, jnp.float32), segment_ids, tuning)
-    assert_close(got, expected(inputs, segment_ids), 1e-6)  # 16 roundings of 6e-8
+    assert_close(got, expected(inputs, segment_ids), 2e-6)  # 32 roundings of 6e-8; A sums over 450 tokens
 
 
 @pytest.mark.parametrize("programs", [1, 96])

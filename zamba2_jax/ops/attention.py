@@ -1,10 +1,17 @@
 """Causal attention with grouped KV heads, over whole sequences and against a cache."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 
+from zamba2_jax.ops.attention_splash import attention_splash
+from zamba2_jax.ops.attention_xla import Sight, attention_xla
+from zamba2_jax.ops.placement import is_undivided
 from zamba2_jax.ops.segments import document_index
 from zamba2_jax.typing import Array, Bool, Float, Int
+
+Implementation = Literal["xla", "splash", "cudnn"]
 
 
 def causal_attention(
@@ -13,19 +20,34 @@ def causal_attention(
     v: Float[Array, "b t kv p"],
     scale: float,
     segment_ids: Int[Array, "b t"] | None = None,
+    implementation: Implementation | None = None,
 ) -> Float[Array, "b t h p"]:
     """Softmax attention of every token to itself and the tokens before it in its document.
+
+    Differentiable once, in reverse. No implementation holds scores of all tokens with all tokens.
 
     Args:
         q, k, v: h is a multiple of kv; query head i reads key head i // (h / kv).
         scale: factor on the scores.
         segment_ids: documents; nothing attends across them, nothing but padding to padding. See `ops.segments`.
+        implementation: "xla", by blocks of queries, for any dtype; "splash", JAX's kernel for TPUs, for bfloat16 and
+            float32; "cudnn", on NVIDIA GPUs, for float16 and bfloat16 without `segment_ids`, and head dims that are
+            multiples of 8 up to 256 (128 before Hopper). By default what `default_implementation` gives.
+
+    Raises:
+        ValueError: `implementation` is not valid, or does not do what is asked of it.
+        NotImplementedError: the GPU is too old for the head dim with "cudnn".
     """
-    same = None
-    if segment_ids is not None:
-        document, real = document_index(segment_ids), segment_ids != 0
-        same = (document[:, :, None] == document[:, None, :]) & (real[:, :, None] == real[:, None, :])
-    return _attend(q, k, v, same, scale, is_causal=True)
+    implementation = implementation or default_implementation()
+    if implementation == "cudnn":
+        _check_cudnn(q, segment_ids)
+        return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation="cudnn")
+    tags = None if segment_ids is None else 2 * document_index(segment_ids) + (segment_ids != 0)
+    if implementation == "splash":
+        return attention_splash(q, k, v, tags, scale)
+    if implementation == "xla":
+        return attention_xla(q, k, v, Sight(jnp.arange(q.shape[1])[None], tags, tags), scale, True)
+    raise ValueError(f"implementation={implementation!r}: expected one of xla, splash, cudnn")
 
 
 def cached_attention(
@@ -39,6 +61,8 @@ def cached_attention(
     scale: float,
 ) -> tuple[Float[Array, "b t h p"], Float[Array, "b u kv p"], Float[Array, "b u kv p"]]:
     """Writes new keys and values into a cache, then attends to all of the row up to each query.
+
+    In plain XLA on every platform, by blocks of queries.
 
     Args:
         q, k, v: of the new tokens.
@@ -54,28 +78,22 @@ def cached_attention(
     target = jnp.where(real, slots, cached_k.shape[1])
     cached_k = cached_k.at[row, target].set(k.astype(cached_k.dtype), mode="drop")
     cached_v = cached_v.at[row, target].set(v.astype(cached_v.dtype), mode="drop")
-    visible = jnp.arange(cached_k.shape[1]) <= slots[:, :, None]
-    out = _attend(q, cached_k.astype(q.dtype), cached_v.astype(q.dtype), visible, scale)
+    out = attention_xla(q, cached_k.astype(q.dtype), cached_v.astype(q.dtype), Sight(slots), scale, False)
     return out, cached_k, cached_v
 
 
-def _attend(
-    q: Float[Array, "b t h p"],
-    k: Float[Array, "b u kv p"],
-    v: Float[Array, "b u kv p"],
-    visible: Bool[Array, "b t u"] | None,
-    scale: float,
-    *,
-    is_causal: bool = False,
-) -> Float[Array, "b t h p"]:
-    """Softmax attention of every query to the keys it may see, at least one."""
-    if q.dtype != jnp.float64:
-        mask = None if visible is None else visible[:, None]
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, is_causal=is_causal)
-    # The softmax of `jax.nn.dot_product_attention` is in float32 whatever it is given: no oracle.
-    (b, t, h, p), kv = q.shape, k.shape[2]
-    mask = jnp.tril(jnp.ones((t, k.shape[1]), bool)) if is_causal else jnp.ones((t, k.shape[1]), bool)
-    mask = mask if visible is None else mask & visible[:, None, None]
-    scores = jnp.einsum("btkrp,bukp->bkrtu", q.reshape(b, t, kv, h // kv, p), k) * scale
-    weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
-    return jnp.einsum("bkrtu,bukp->btkrp", weights, v).reshape(b, t, h, p)
+def default_implementation() -> Implementation:
+    """What `causal_attention` uses unless told: "splash" on a TPU, else "xla"; with several devices see `placement`.
+
+    On GPUs cuDNN has not been measured to be faster yet.
+    """
+    return "splash" if jax.default_backend() == "tpu" and is_undivided() else "xla"
+
+
+def _check_cudnn(q: Array, segment_ids: Array | None) -> None:
+    if q.dtype not in (jnp.float16, jnp.bfloat16):
+        raise ValueError(f"q has dtype {q.dtype}, cuDNN takes float16 and bfloat16")
+    if q.shape[-1] > 256 or q.shape[-1] % 8:
+        raise ValueError(f"the head dim is {q.shape[-1]}, cuDNN takes multiples of 8 up to 256")
+    if segment_ids is not None:
+        raise ValueError(f"segment_ids of shape {segment_ids.shape}: cuDNN would need a bias for all pairs of tokens")

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from zamba2_jax.ops.decay import MAX_CHUNK, log_decays
+from zamba2_jax.ops.placement import is_undivided
 from zamba2_jax.ops.ssd_pallas_gpu import ssd_pallas_gpu
 from zamba2_jax.ops.ssd_pallas_tpu import ssd_pallas_tpu
 from zamba2_jax.ops.ssd_reference import ssd_associative, ssd_sequential
@@ -107,12 +108,9 @@ def ssd_step(
 def default_implementation() -> Implementation:
     """What `ssd` uses unless told: "pallas_tpu" on a TPU, else "xla".
 
-    The compiler cannot divide a kernel among devices: with several of them it is "xla" on TPUs too, but inside of a
-    `jax.shard_map` over all axes of the mesh. On GPUs our kernels have not been measured to be faster yet.
+    With several devices see `placement`. On GPUs our kernels have not been measured to be faster yet.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    alone = jax.device_count() == 1 or (not mesh.empty and set(mesh.manual_axes) == set(mesh.axis_names))
-    return "pallas_tpu" if jax.default_backend() == "tpu" and alone else "xla"
+    return "pallas_tpu" if jax.default_backend() == "tpu" and is_undivided() else "xla"
 
 
 def _xla(*inputs: Array | None, chunk_size: int | None) -> tuple[Array, Array]:

@@ -74,8 +74,8 @@ def ssd_pallas_gpu(
 ) -> tuple[Float[Array, "b t h p"], Float[Array, "b h p n"]]:
     """S_t = exp(log_decay_t) S_{t-1} + dt_t x_t B_t^T and y_t = S_t C_t + D x_t, for every head and all t.
 
-    Differentiable in every argument. Sums, decays and states are float32; matrix products have operands in the dtype
-    of x, accumulate in float32, and are as exact as float32 for float32: never tf32.
+    Differentiable once, in reverse, in every argument. Sums, decays and states are float32; matrix products have
+    operands in the dtype of x, accumulate in float32, and are as exact as float32 for float32: never tf32.
     Any size goes: tokens are filled up to whole chunks, p and n to powers of two, with zeros.
 
     Args:

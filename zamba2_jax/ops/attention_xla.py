@@ -1,0 +1,200 @@
+"""Attention by blocks of queries, in plain XLA: its memory grows with the length, not with its square.
+
+A block of queries meets all keys it may see at once, so that its softmax is exact and nothing is rescaled. The backward
+pass computes the scores of a block again. All blocks share one loop: independent ones would be computed at once, and
+all be in memory.
+
+Letters as in `typing`, r for the query heads of a key head, n for blocks, s for the queries of a block. What belongs to
+queries has five axes here, [b, kv, r, t, ...], where b, kv and r may be 1.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from zamba2_jax.typing import Array, Bool, Float, Int, Shaped, at_least_fp32
+
+BLOCK = 256
+SPANS = 8
+HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite: where nothing is visible all weights are the same, not NaN
+
+
+class Sight(NamedTuple):
+    """Which slots a query sees: those up to `last`; if there are tags, of these only the ones with its own tag."""
+
+    last: Int[Array, "#b t"]
+    query_tags: Int[Array, "b t"] | None = None
+    key_tags: Int[Array, "b u"] | None = None
+
+
+class _Queries(NamedTuple):
+    """Queries, and what they see; `last` and `tags` are [b, 1, 1, t, 1]."""
+
+    heads: Float[Array, "b kv r t p"]
+    last: Int[Array, "b 1 1 t 1"]
+    tags: Int[Array, "b 1 1 t 1"] | None
+
+
+class _Softmax(NamedTuple):
+    """What the backward pass needs of it: `weights` is exp(scores - top), and is kept of a single block only."""
+
+    top: Float[Array, "b kv r t 1"]
+    total: Float[Array, "b kv r t 1"]
+    weights: Float[Array, "b kv r t u"] | None
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def attention_xla(
+    q: Float[Array, "b t h p"],
+    k: Float[Array, "b u kv p"],
+    v: Float[Array, "b u kv p"],
+    sight: Sight,
+    scale: float,
+    is_causal: bool,
+) -> Float[Array, "b t h p"]:
+    """Softmax attention of every query to the slots it sees, at least one.
+
+    Differentiable once, in reverse. The softmax is in at least float32. Of more than `BLOCK` queries the backward pass
+    keeps the inputs and two numbers per query and head.
+
+    Args:
+        q, k, v: h is a multiple of kv; query head i reads key head i // (h / kv).
+        sight: what the queries see.
+        scale: factor on the scores.
+        is_causal: promises that t = u and that query i sees no slot after the i-th, which spares about half the work.
+    """
+    return _forward(q, k, v, sight, scale, is_causal)[0]
+
+
+def _forward(q, k, v, sight, scale, is_causal):
+    keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    is_single = q.shape[1] <= BLOCK
+
+    def attend(queries: _Queries, seen: int) -> tuple[Array, _Softmax]:
+        scores = _scores(queries, keys[:, :, :seen], sight.key_tags, scale)
+        top = jnp.max(scores, axis=-1, keepdims=True)
+        weights = jnp.exp(scores - top)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        out = _product(weights.astype(v.dtype), values[:, :, :seen], (4, 2)) / total
+        return out.astype(q.dtype), _Softmax(top, total, weights if is_single else None)
+
+    queries = _queries(q, k, sight)
+    _, (out, softmax) = _over_blocks(
+        lambda _, queries, seen: (None, attend(queries, seen)), None, queries, k.shape[1], is_causal
+    )
+    return _by_time(out), (q, k, v, sight, softmax)
+
+
+def _backward(scale, is_causal, residuals, d_out):
+    q, k, v, sight, softmax = residuals
+    keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    # Divided by the total here, where it is cheapest, so that the weights need not be; and before axes are swapped.
+    d_heads = _by_heads((d_out / _by_time(softmax.total)).astype(q.dtype), k)
+    zeros = jnp.zeros(keys.shape, at_least_fp32(k.dtype))
+
+    def attend(sums: tuple[Array, Array], tokens: tuple, seen: int) -> tuple[tuple[Array, Array], Array]:
+        queries, softmax, d_heads = tokens
+        weights = softmax.weights
+        if weights is None:
+            weights = jnp.exp(_scores(queries, keys[:, :, :seen], sight.key_tags, scale) - softmax.top)
+        d_weights = _product(d_heads, values[:, :, :seen], (4, 3))
+        mean = jnp.sum(weights * d_weights, axis=-1, keepdims=True) / softmax.total
+        d_scores = weights * (d_weights - mean) * scale
+        d_scores, weights = d_scores.astype(q.dtype), weights.astype(v.dtype)
+        d_keys = _sum_of_products(d_scores, queries.heads)
+        d_values = _sum_of_products(weights, d_heads)
+        d_queries = _product(d_scores, keys[:, :, :seen], (4, 2)).astype(q.dtype)
+        return (_add_in_front(sums[0], d_keys), _add_in_front(sums[1], d_values)), d_queries
+
+    tokens = _queries(q, k, sight), softmax, d_heads
+    (d_keys, d_values), d_q = _over_blocks(attend, (zeros, zeros), tokens, k.shape[1], is_causal)
+    return _by_time(d_q), d_keys.swapaxes(1, 2).astype(k.dtype), d_values.swapaxes(1, 2).astype(v.dtype), None
+
+
+attention_xla.defvjp(_forward, _backward)
+
+
+def _over_blocks(
+    attend: Callable[[Any, Any, int], tuple[Any, Any]], carry: Any, tokens: Any, u: int, is_causal: bool
+) -> tuple[Any, Any]:
+    """Calls attend(carry, part, number of keys to read) with one block of `tokens` after the other.
+
+    The number of keys has to be known when compiling: it is rounded up to one of `SPANS`.
+
+    Returns:
+        The last carry, and the results put together.
+    """
+    t = jax.tree.leaves(tokens)[0].shape[3]
+    if t <= BLOCK:
+        return attend(carry, tokens, u)
+    blocks = t // BLOCK
+    span = -(-blocks // SPANS)
+    reach = [min(i + span, blocks) * BLOCK for i in range(0, blocks, span)] if is_causal else [u]
+
+    def step(carry: Any, block: tuple[Array, Any]) -> tuple[Any, Any]:
+        index, part = block
+        choices = [lambda carry, part, seen=seen: attend(carry, part, seen) for seen in reach]
+        return jax.lax.switch(index // span if is_causal else 0, choices, carry, part)
+
+    stacked = jax.tree.map(lambda a: _stack(a[:, :, :, : blocks * BLOCK]), tokens)
+    carry, results = jax.lax.scan(step, carry, (jnp.arange(blocks), stacked))
+    results = jax.tree.map(_unstack, results)
+    if t % BLOCK:
+        carry, rest = attend(carry, jax.tree.map(lambda a: a[:, :, :, blocks * BLOCK :], tokens), u)
+        results = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=3), results, rest)
+    return carry, results
+
+
+def _stack(array: Shaped[Array, "b kv r t p"]) -> Shaped[Array, "n b kv r s p"]:
+    return jnp.moveaxis(array.reshape(*array.shape[:3], -1, BLOCK, array.shape[-1]), 3, 0)
+
+
+def _unstack(array: Float[Array, "n b kv r s p"]) -> Float[Array, "b kv r t p"]:
+    array = jnp.moveaxis(array, 0, 3)
+    return array.reshape(*array.shape[:3], -1, array.shape[-1])
+
+
+def _scores(
+    queries: _Queries, keys: Float[Array, "b kv u p"], key_tags: Int[Array, "b _"] | None, scale: float
+) -> Float[Array, "b kv r t u"]:
+    visible: Bool[Array, "b 1 1 t u"] = jnp.arange(keys.shape[2]) <= queries.last
+    if queries.tags is not None and key_tags is not None:
+        visible &= queries.tags == key_tags[:, None, None, None, : keys.shape[2]]
+    return jnp.where(visible, _product(queries.heads, keys, (4, 3)) * scale, HIDDEN)
+
+
+def _product(
+    a: Float[Array, "b kv r t _"], b: Float[Array, "b kv u p"], axes: tuple[int, int]
+) -> Float[Array, "b kv r t _"]:
+    """Over one axis of each, accumulated in at least float32."""
+    dimensions = (axes[:1], axes[1:]), ((0, 1), (0, 1))
+    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=at_least_fp32(a.dtype))
+
+
+def _sum_of_products(a: Float[Array, "b kv r t u"], b: Float[Array, "b kv r t p"]) -> Float[Array, "b kv u p"]:
+    """Over the queries of all heads that read a key head, accumulated in at least float32."""
+    dimensions = ((2, 3), (2, 3)), ((0, 1), (0, 1))
+    return jax.lax.dot_general(a, b, dimensions, preferred_element_type=at_least_fp32(a.dtype))
+
+
+def _add_in_front(sums: Float[Array, "b kv u p"], addend: Float[Array, "b kv s p"]) -> Float[Array, "b kv u p"]:
+    seen = addend.shape[2]
+    return jax.lax.dynamic_update_slice_in_dim(sums, sums[:, :, :seen] + addend, 0, axis=2)
+
+
+def _queries(q: Float[Array, "b t h p"], k: Float[Array, "b u kv p"], sight: Sight) -> _Queries:
+    tags = None if sight.query_tags is None else sight.query_tags[:, None, None, :, None]
+    return _Queries(_by_heads(q, k), sight.last[:, None, None, :, None], tags)
+
+
+def _by_heads(q: Float[Array, "b t h p"], k: Float[Array, "b u kv p"]) -> Float[Array, "b kv r t p"]:
+    b, t, h, p = q.shape
+    return q.swapaxes(1, 2).reshape(b, k.shape[2], h // k.shape[2], t, p)
+
+
+def _by_time(heads: Float[Array, "b kv r t p"]) -> Float[Array, "b t h p"]:
+    b, kv, r, t, p = heads.shape
+    return heads.reshape(b, kv * r, t, p).swapaxes(1, 2)
