@@ -8,6 +8,7 @@ import pytest
 from tests.helpers import assert_close, assert_finite, normal
 from tests.ops.segment_rows import ALL_ROWS, LENGTH, documents
 from zamba2_jax import ops
+from zamba2_jax.ops.attention import BLOCK
 
 SCALE = 0.7
 b, t, h, kv, p = 2, 6, 6, 2, 5
@@ -97,6 +98,21 @@ def test_cache_takes_rows_in_pieces(rounding):
         for got, x in zip(cached, (k, v), strict=True):
             np.testing.assert_array_equal(np.asarray(got)[row, :length], x[row, :length])
             assert (np.asarray(got)[row, length:] == k.dtype.type(1e30)).all()
+
+
+def test_a_cache_of_many_blocks(rounding):
+    """The last block is not whole; row 1 ends in the first, next to slots that hold anything."""
+    u = 2 * BLOCK + 7
+    q, k, v = (np.asarray(x) for x in arguments(length=u))
+    past = np.arange(u)[None] < np.array([[u - 3], [5]])
+    keys, values = (np.where(past[..., None, None], x, x.dtype.type(1e30)) for x in (k, v))
+    slots = np.array([[u - 3, u - 2, u - 1], [5, 6, 7]])
+    new = [np.stack([x[row, slots[row]] for row in range(b)]) for x in (q, k, v)]
+    out, *_ = cached_attention(*new, keys, values, slots, np.ones((b, 3), bool), SCALE)
+    for row in range(b):
+        for i, slot in enumerate(slots[row]):
+            expected = attend(q[row, slot], k[row, : slot + 1], v[row, : slot + 1])
+            assert_close(np.asarray(out)[row, i], expected, rounding)
 
 
 def test_slots_past_the_end_are_not_written():
