@@ -18,7 +18,9 @@ CHECKED = [
     f"zamba2_jax.{folder}.{file.stem}" for folder in ("ops", "model") for file in (PACKAGE / folder).glob("*.py")
 ]
 CHECKED.remove("zamba2_jax.model.cache")
-jaxtyping.install_import_hook([*CHECKED, "zamba2_jax.generate.decode"], "beartype.beartype")
+jaxtyping.install_import_hook(
+    [*CHECKED, "zamba2_jax.generate.decode", "zamba2_jax.generate.score"], "beartype.beartype"
+)
 
 
 @pytest.fixture

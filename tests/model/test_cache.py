@@ -3,9 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from tests.checkpoint.variants import VARIANTS
 from tests.helpers import SMALL, abstract_model, assert_close, forward, random_model, random_tokens
-from zamba2_jax import decode_step, init_cache, prefill
+from zamba2_jax import Zamba2Config, cache_bytes, decode_step, init_cache, prefill
 
 T, CAPACITY = 8, 10
 
@@ -57,3 +59,22 @@ def test_an_empty_cache_is_all_zeros_and_float32_where_sums_are_held():
     model = abstract_model(SMALL, jnp.bfloat16)
     _, after = jax.eval_shape(prefill, model, random_tokens(SMALL, 2, 4))
     assert jax.tree.map(lambda array: array.dtype, after) == jax.tree.map(lambda array: array.dtype, cache)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+def test_cache_bytes_are_those_of_the_arrays(config, dtype):
+    def measured(capacity):
+        return sum(array.nbytes for array in jax.tree.leaves(init_cache(config, 3, capacity, dtype)))
+
+    size = cache_bytes(config, 3, 7, dtype)
+    assert size.total == measured(7)
+    assert size.constant == measured(0)
+    assert size.per_token == measured(8) - measured(7)
+
+
+def test_cache_bytes_of_a_released_model():
+    """Zamba2-1.2B, one row: 6 of 38 layers hold keys and values, of 32 heads of 128."""
+    size = cache_bytes(Zamba2Config.preset("zamba2-1.2b"), 1, 4096, jnp.bfloat16)
+    assert size.per_token == 6 * 2 * 32 * 128 * 2
+    assert size.total == size.constant + 4096 * size.per_token

@@ -11,7 +11,7 @@ from tests.helpers import assert_close, assert_finite, normal
 from tests.ops.segment_rows import ALL_ROWS, LENGTH, documents
 from zamba2_jax import ops
 from zamba2_jax.ops import attention_splash, attention_xla
-from zamba2_jax.ops.attention import default_implementation
+from zamba2_jax.ops.attention import BLOCK, default_implementation
 
 SCALE = 0.7
 b, t, h, kv, p = 2, 6, 6, 2, 5
@@ -103,6 +103,21 @@ def test_cache_takes_rows_in_pieces(rounding):
             assert (np.asarray(got)[row, length:] == k.dtype.type(1e30)).all()
 
 
+def test_a_cache_of_many_blocks(rounding):
+    """The last block is not whole; row 1 ends in the first, next to slots that hold anything."""
+    u = 2 * BLOCK + 7
+    q, k, v = (np.asarray(x) for x in arguments(length=u))
+    past = np.arange(u)[None] < np.array([[u - 3], [5]])
+    keys, values = (np.where(past[..., None, None], x, x.dtype.type(1e30)) for x in (k, v))
+    slots = np.array([[u - 3, u - 2, u - 1], [5, 6, 7]])
+    new = [np.stack([x[row, slots[row]] for row in range(b)]) for x in (q, k, v)]
+    out, *_ = cached_attention(*new, keys, values, slots, np.ones((b, 3), bool), SCALE)
+    for row in range(b):
+        for i, slot in enumerate(slots[row]):
+            expected = attend(q[row, slot], k[row, : slot + 1], v[row, : slot + 1])
+            assert_close(np.asarray(out)[row, i], expected, rounding)
+
+
 def test_slots_past_the_end_are_not_written():
     q, k, v = arguments(length=3)
     empty = jnp.zeros((b, 2, kv, p))
@@ -161,26 +176,6 @@ def test_blocks_equal_all_at_once(monkeypatch, rounding, length, packed):
     inputs = normal(3, length, 4, p, seed=3), *arguments(3, length, 4, 2)
     got, right = (jax.jit(lambda *a, f=f: with_gradients(f, *a))(*inputs) for f in (blocks, expected))
     assert_close(got, right, 4 * rounding)
-
-
-@pytest.mark.parametrize("length", [4, 10])
-def test_cache_by_blocks(monkeypatch, rounding, length):
-    """Queries of several blocks after 5 cached tokens: what a row without a cache gives at its end; gradients too."""
-    monkeypatch.setattr(attention_xla, "BLOCK", 4)
-    q, k, v = arguments(2, length + 5)
-    slots = jnp.broadcast_to(jnp.arange(5, length + 5), (2, length))
-    free = ((0, 0), (0, length + 3), (0, 0), (0, 0))
-
-    def cached(q, k, v):
-        caches = (jnp.pad(x[:, :5], free, constant_values=7) for x in (k, v))
-        return ops.cached_attention(q[:, 5:], k[:, 5:], v[:, 5:], *caches, slots, jnp.ones(slots.shape, bool), SCALE)[0]
-
-    def whole(q, k, v):
-        return at_once(q, k, v, jnp.ones(q.shape[:2], int))[:, 5:]
-
-    weights = normal(2, length, h, p, seed=3)
-    got, expected = (jax.jit(lambda *a, f=f: with_gradients(f, *a))(weights, q, k, v) for f in (cached, whole))
-    assert_close(got, expected, 4 * rounding)
 
 
 def test_memory_is_linear_in_the_length(monkeypatch):

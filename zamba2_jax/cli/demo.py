@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from zamba2_jax.checkpoint.hf import save_hf
 from zamba2_jax.checkpoint.store import save_state
 from zamba2_jax.config import Zamba2Config
-from zamba2_jax.generate import generate
+from zamba2_jax.generate import Sampling, generate
 from zamba2_jax.model import Zamba2
 from zamba2_jax.train.corpus import TokenizedCorpus, tokenize_embedded_corpus
 from zamba2_jax.train.curves import plot_curves
@@ -172,7 +172,8 @@ class Demo:
     def _write(self, model: Zamba2, tokenizer: Tokenizer, console: Console) -> None:
         """Continues the prompts, on the terminal and in samples.txt."""
         prompts = [[BOS, *tokenizer.encode(prompt).ids] for prompt in self.prompts]
-        continuations = generate(model, prompts, self.new_tokens, temperature=self.temperature, seed=self.seed)
+        sampling = Sampling(temperature=self.temperature, seed=self.seed)
+        continuations = generate(model, prompts, self.new_tokens, sampling, stop_tokens=[EOS])
         texts = [
             prompt + tokenizer.decode(tokens[: tokens.index(EOS)] if EOS in tokens else tokens)
             for prompt, tokens in zip(self.prompts, continuations, strict=True)

@@ -1,7 +1,6 @@
-"""Prefill, one decode step, and the plain loop of the two."""
+"""Prefill and one decode step."""
 
 from collections.abc import Sequence
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -55,8 +54,7 @@ def prefill(
     return _prefill(model, tokens, lengths, cache)
 
 
-@jax.jit
-def _prefill(model: Zamba2, tokens: Array, lengths: Array | None, cache: Cache) -> tuple[Array, Cache]:
+def _take_in(model: Zamba2, tokens: Array, lengths: Array | None, cache: Cache) -> tuple[Array, Cache]:
     b, t = tokens.shape
     lengths = jnp.full(b, t) if lengths is None else jnp.asarray(lengths)
     padding = (jnp.arange(t) < lengths[:, None]).astype(jnp.int32)
@@ -64,6 +62,11 @@ def _prefill(model: Zamba2, tokens: Array, lengths: Array | None, cache: Cache) 
     assert after is not None
     last = jnp.take_along_axis(h, (lengths - 1)[:, None, None], axis=1)[:, 0]
     return _nan_where_full(model.logits(last), after), after
+
+
+_prefill = jax.jit(_take_in)
+prefill_donated = jax.jit(_take_in, donate_argnames="cache")
+"""`prefill` without its checks, its arguments all there, which takes the cache's memory for the one it returns."""
 
 
 @jax.jit
@@ -76,68 +79,40 @@ def decode_step(model: Zamba2, token: Int[Array, " b"], cache: Cache) -> tuple[F
     return _nan_where_full(logits, cache), cache
 
 
-def generate(
-    model: Zamba2,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    *,
-    temperature: float = 0.0,
-    seed: int = 0,
-) -> list[list[int]]:
-    """Continues every prompt by `max_new_tokens` tokens.
+def padded_length(tokens: int, most: int) -> int:
+    """The length a piece of a row is padded to: a power of two from 16, or `most` if that is less.
 
-    Args:
-        model: the model.
-        prompts: token ids.
-        max_new_tokens: how many to add.
-        temperature: 0 takes the likeliest token; above, samples from softmax(logits / temperature).
-        seed: of the sampling.
+    So the pieces of all prompts have few lengths, and few programs are compiled.
+    """
+    return min(most, max(16, next_power_of_two(tokens)))
+
+
+def rounded_capacity(tokens: int) -> int:
+    """A capacity for so many tokens: one of four in every octave, so that it is at most a quarter more, or 15."""
+    step = max(16, next_power_of_two(tokens) // 8)
+    return -(-tokens // step) * step
+
+
+def next_power_of_two(n: int) -> int:
+    """The least power of two that is at least n, which is 1 or more."""
+    return 1 << (n - 1).bit_length()
+
+
+def check_tokens(tokens: Sequence[int] | np.ndarray, vocab_size: int, name: str) -> np.ndarray:
+    """Token ids as an int32 array.
 
     Raises:
-        ValueError: a prompt is empty or holds an id outside the vocabulary, `max_new_tokens` is below 1, or the
-            temperature is negative.
+        ValueError: there are none, or what is there is not ids in [0, vocab_size). The message begins with `name`.
     """
-    vocab = model.config.vocab_size
-    if not prompts:
-        raise ValueError("prompts is empty, expected at least one")
-    for i, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise ValueError(f"prompt {i} is empty, expected at least one token")
-        outside = [token for token in prompt if not 0 <= token < vocab]
-        if outside:
-            raise ValueError(f"prompt {i} holds token {outside[0]}, expected ids in [0, {vocab})")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens}: expected at least 1")
-    if not temperature >= 0:
-        raise ValueError(f"temperature={temperature}: expected 0 or more")
-    lengths = np.array([len(prompt) for prompt in prompts])
-    tokens = np.zeros((len(prompts), lengths.max()), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    logits, cache = prefill(
-        model, jnp.asarray(tokens), jnp.asarray(lengths), capacity=int(lengths.max()) + max_new_tokens
-    )
-    new = _decode_loop(model, logits, cache, jax.random.key(seed), max_new_tokens, temperature)
-    return np.asarray(new).tolist()
-
-
-@partial(jax.jit, static_argnames=("steps", "temperature"))
-def _decode_loop(model: Zamba2, logits: Array, cache: Cache, key: Array, steps: int, temperature: float) -> Array:
-    def pick(logits: Array, key: Array) -> Array:
-        if temperature == 0:
-            return jnp.argmax(logits, axis=-1)
-        return jax.random.categorical(key, logits.astype(jnp.float32) / temperature)
-
-    def step(carry: tuple[Array, Cache], key: Array) -> tuple[tuple[Array, Cache], Array]:
-        token, cache = carry
-        logits, cache = model.step(token, cache)
-        token = pick(logits, key)
-        return (token, cache), token
-
-    keys = jax.random.split(key, steps)
-    first = pick(logits, keys[0])
-    _, rest = jax.lax.scan(step, (first, cache), keys[1:])
-    return jnp.concatenate([first[:, None], rest.T], axis=1)
+    array = np.asarray(tokens)
+    if array.ndim == 1 and not array.size:
+        raise ValueError(f"{name} is empty, expected at least one token")
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise ValueError(f"{name} is {array.dtype} of shape {array.shape}, expected integers in one row")
+    outside = array[(array < 0) | (array >= vocab_size)]
+    if outside.size:
+        raise ValueError(f"{name} holds token {outside[0]}, expected ids in [0, {vocab_size})")
+    return array.astype(np.int32)
 
 
 def _check_lengths(lengths: Array, b: int, t: int) -> None:

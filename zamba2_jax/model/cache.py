@@ -1,5 +1,8 @@
 """What a model carries from one token to the next: immutable values, returned anew by every call."""
 
+from typing import NamedTuple
+
+import jax
 import jax.numpy as jnp
 from flax import struct
 
@@ -55,14 +58,55 @@ def init_cache(config: Zamba2Config, batch: int, capacity: int, dtype: DTypeLike
     def zeros(*shape: int) -> Array:
         return jnp.zeros((batch, *shape), dtype)
 
-    state = MambaState(
-        conv_x=zeros(config.d_conv - 1, config.inner_size),
-        conv_bc=zeros(config.d_conv - 1, config.bc_size),
-        ssm=zeros(config.mamba_heads, config.mamba_head_dim, config.d_state).astype(at_least_fp32(dtype)),
-    )
+    def state() -> MambaState:
+        ssm = zeros(config.mamba_heads, config.mamba_head_dim, config.d_state).astype(at_least_fp32(dtype))
+        past = config.d_conv - 1
+        return MambaState(conv_x=zeros(past, config.inner_size), conv_bc=zeros(past, config.bc_size), ssm=ssm)
+
     kv_shape = (capacity, config.kv_heads, config.attention_head_dim)
     return Cache(
-        mamba=(state,) * config.num_layers,
-        attention=(KVCache(k=zeros(*kv_shape), v=zeros(*kv_shape)),) * config.num_calls,
+        mamba=tuple(state() for _ in range(config.num_layers)),
+        attention=tuple(KVCache(k=zeros(*kv_shape), v=zeros(*kv_shape)) for _ in range(config.num_calls)),
         lengths=jnp.zeros(batch, jnp.int32),
     )
+
+
+def fork(cache: Cache, copies: int) -> Cache:
+    """A cache in which every row stands `copies` times, one after the other: many ways on from one prompt.
+
+    Raises:
+        ValueError: copies is below 1.
+    """
+    if copies < 1:
+        raise ValueError(f"copies={copies}: expected at least 1")
+    return jax.tree.map(lambda array: jnp.repeat(array, copies, axis=0), cache)
+
+
+class CacheBytes(NamedTuple):
+    """The size of a cache.
+
+    Attributes:
+        constant: bytes of the convolution and SSM states and the lengths, however many tokens the rows hold.
+        per_token: bytes of the keys and values of one token in every row.
+        total: constant + capacity * per_token.
+    """
+
+    constant: int
+    per_token: int
+    total: int
+
+
+def cache_bytes(config: Zamba2Config, batch: int, capacity: int, dtype: DTypeLike = jnp.float32) -> CacheBytes:
+    """The bytes that `init_cache` takes with the same arguments, without taking them.
+
+    Per row, with w bytes in `dtype` and s in the SSM state (4, or 8 in float64):
+    layers * ((d_conv - 1) * (e + 2 g n) * w + h * p * n * s) + 4, and calls * 2 * kv * p' * w for each token of the
+    capacity, where p' is the head size of attention. A transformer of the same depth has a term per token for each of
+    its layers; here it is one for each call of a shared block.
+    """
+    size = jnp.dtype(dtype).itemsize
+    conv = (config.d_conv - 1) * (config.inner_size + config.bc_size) * size
+    ssm = config.mamba_heads * config.mamba_head_dim * config.d_state * at_least_fp32(dtype).itemsize
+    constant = batch * (config.num_layers * (conv + ssm) + jnp.dtype(jnp.int32).itemsize)
+    per_token = batch * config.num_calls * 2 * config.kv_heads * config.attention_head_dim * size
+    return CacheBytes(constant, per_token, constant + capacity * per_token)

@@ -6,10 +6,13 @@ import jax
 import jax.numpy as jnp
 
 from zamba2_jax.ops.attention_splash import attention_splash
-from zamba2_jax.ops.attention_xla import Sight, attention_xla
+from zamba2_jax.ops.attention_xla import attention_xla
 from zamba2_jax.ops.placement import is_undivided
 from zamba2_jax.ops.segments import document_index
-from zamba2_jax.typing import Array, Bool, Float, Int
+from zamba2_jax.typing import Array, Bool, Float, Int, at_least_fp32
+
+BLOCK = 128
+"""Slots of a cache that are attended to at a time: on CPU the fastest of 128, 256 and 512."""
 
 Implementation = Literal["xla", "splash", "cudnn"]
 
@@ -46,7 +49,7 @@ def causal_attention(
     if implementation == "splash":
         return attention_splash(q, k, v, tags, scale)
     if implementation == "xla":
-        return attention_xla(q, k, v, Sight(jnp.arange(q.shape[1])[None], tags, tags), scale, True)
+        return attention_xla(q, k, v, tags, scale)
     raise ValueError(f"implementation={implementation!r}: expected one of xla, splash, cudnn")
 
 
@@ -62,7 +65,7 @@ def cached_attention(
 ) -> tuple[Float[Array, "b t h p"], Float[Array, "b u kv p"], Float[Array, "b u kv p"]]:
     """Writes new keys and values into a cache, then attends to all of the row up to each query.
 
-    In plain XLA on every platform, by blocks of queries.
+    In plain XLA on every platform, by blocks of slots; not differentiable in reverse.
 
     Args:
         q, k, v: of the new tokens.
@@ -78,8 +81,44 @@ def cached_attention(
     target = jnp.where(real, slots, cached_k.shape[1])
     cached_k = cached_k.at[row, target].set(k.astype(cached_k.dtype), mode="drop")
     cached_v = cached_v.at[row, target].set(v.astype(cached_v.dtype), mode="drop")
-    out = attention_xla(q, cached_k.astype(q.dtype), cached_v.astype(q.dtype), Sight(slots), scale, False)
-    return out, cached_k, cached_v
+    return _attend_in_blocks(q, cached_k, cached_v, slots, real, scale), cached_k, cached_v
+
+
+def _attend_in_blocks(
+    q: Float[Array, "b t h p"],
+    k: Float[Array, "b u kv p"],
+    v: Float[Array, "b u kv p"],
+    slots: Int[Array, "b t"],
+    real: Bool[Array, "b t"],
+    scale: float,
+) -> Float[Array, "b t h p"]:
+    """Softmax attention of each query to the slots up to its own, block by block (arXiv:2112.05682).
+
+    Only the blocks that hold tokens are read, so that time goes with the longest row and not with the capacity; and
+    memory does not grow with either.
+    """
+    (b, t, h, p), (u, kv) = q.shape, k.shape[1:3]
+    size, wide = min(BLOCK, u), at_least_fp32(q.dtype)
+    q = q.reshape(b, t, kv, h // kv, p)
+
+    def add(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        top, total, out = carry
+        start = jnp.minimum(i * size, u - size)  # the last block may overlap the one before it
+        at = start + jnp.arange(size)
+        visible = (at >= i * size) & (at <= slots[:, :, None])
+        block_k, block_v = (jax.lax.dynamic_slice_in_dim(x, start, size, axis=1).astype(q.dtype) for x in (k, v))
+        scores = jnp.einsum("btkrp,bukp->bkrtu", q, block_k, preferred_element_type=wide) * scale
+        scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
+        new_top = jnp.maximum(top, scores.max(axis=-1))
+        weights, kept = jnp.exp(scores - new_top[..., None]), jnp.exp(top - new_top)
+        added = jnp.einsum("bkrtu,bukp->bkrtp", weights.astype(q.dtype), block_v, preferred_element_type=wide)
+        return new_top, kept * total + weights.sum(axis=-1), kept[..., None] * out + added
+
+    zeros = jnp.zeros((b, kv, h // kv, t), wide)
+    blocks = jnp.minimum(jnp.max(slots, where=real, initial=0), u - 1) // size + 1
+    # Every query sees slot 0, so that `top` is finite from the first block on.
+    _, total, out = jax.lax.fori_loop(0, blocks, add, (zeros - jnp.inf, zeros, jnp.zeros((*zeros.shape, p), wide)))
+    return jnp.moveaxis(out / total[..., None], 3, 1).reshape(b, t, h, p).astype(q.dtype)
 
 
 def default_implementation() -> Implementation:

@@ -22,19 +22,11 @@ SPANS = 8
 HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite: where nothing is visible all weights are the same, not NaN
 
 
-class Sight(NamedTuple):
-    """Which slots a query sees: those up to `last`; if there are tags, of these only the ones with its own tag."""
-
-    last: Int[Array, "#b t"]
-    query_tags: Int[Array, "b t"] | None = None
-    key_tags: Int[Array, "b u"] | None = None
-
-
 class _Queries(NamedTuple):
-    """Queries, and what they see; `last` and `tags` are [b, 1, 1, t, 1]."""
+    """Queries, where they stand, and the tags of the keys they see."""
 
     heads: Float[Array, "b kv r t p"]
-    last: Int[Array, "b 1 1 t 1"]
+    times: Int[Array, "1 1 1 t 1"]
     tags: Int[Array, "b 1 1 t 1"] | None
 
 
@@ -46,50 +38,46 @@ class _Softmax(NamedTuple):
     weights: Float[Array, "b kv r t u"] | None
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
 def attention_xla(
     q: Float[Array, "b t h p"],
-    k: Float[Array, "b u kv p"],
-    v: Float[Array, "b u kv p"],
-    sight: Sight,
+    k: Float[Array, "b t kv p"],
+    v: Float[Array, "b t kv p"],
+    tags: Int[Array, "b t"] | None,
     scale: float,
-    is_causal: bool,
 ) -> Float[Array, "b t h p"]:
-    """Softmax attention of every query to the slots it sees, at least one.
+    """Softmax attention of every token to itself and those before it; with tags, only to those with its own.
 
     Differentiable once, in reverse. The softmax is in at least float32. Of more than `BLOCK` queries the backward pass
     keeps the inputs and two numbers per query and head.
 
     Args:
         q, k, v: h is a multiple of kv; query head i reads key head i // (h / kv).
-        sight: what the queries see.
+        tags: not to be crossed.
         scale: factor on the scores.
-        is_causal: promises that t = u and that query i sees no slot after the i-th, which spares about half the work.
     """
-    return _forward(q, k, v, sight, scale, is_causal)[0]
+    return _forward(q, k, v, tags, scale)[0]
 
 
-def _forward(q, k, v, sight, scale, is_causal):
+def _forward(q, k, v, tags, scale):
     keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
     is_single = q.shape[1] <= BLOCK
 
     def attend(queries: _Queries, seen: int) -> tuple[Array, _Softmax]:
-        scores = _scores(queries, keys[:, :, :seen], sight.key_tags, scale)
+        scores = _scores(queries, keys[:, :, :seen], tags, scale)
         top = jnp.max(scores, axis=-1, keepdims=True)
         weights = jnp.exp(scores - top)
         total = jnp.sum(weights, axis=-1, keepdims=True)
         out = _product(weights.astype(v.dtype), values[:, :, :seen], (4, 2)) / total
         return out.astype(q.dtype), _Softmax(top, total, weights if is_single else None)
 
-    queries = _queries(q, k, sight)
-    _, (out, softmax) = _over_blocks(
-        lambda _, queries, seen: (None, attend(queries, seen)), None, queries, k.shape[1], is_causal
-    )
-    return _by_time(out), (q, k, v, sight, softmax)
+    queries = _queries(q, k, tags)
+    _, (out, softmax) = _over_blocks(lambda _, queries, seen: (None, attend(queries, seen)), None, queries)
+    return _by_time(out), (q, k, v, tags, softmax)
 
 
-def _backward(scale, is_causal, residuals, d_out):
-    q, k, v, sight, softmax = residuals
+def _backward(scale, residuals, d_out):
+    q, k, v, tags, softmax = residuals
     keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
     # Divided by the total here, where it is cheapest, so that the weights need not be; and before axes are swapped.
     d_heads = _by_heads((d_out / _by_time(softmax.total)).astype(q.dtype), k)
@@ -99,7 +87,7 @@ def _backward(scale, is_causal, residuals, d_out):
         queries, softmax, d_heads = tokens
         weights = softmax.weights
         if weights is None:
-            weights = jnp.exp(_scores(queries, keys[:, :, :seen], sight.key_tags, scale) - softmax.top)
+            weights = jnp.exp(_scores(queries, keys[:, :, :seen], tags, scale) - softmax.top)
         d_weights = _product(d_heads, values[:, :, :seen], (4, 3))
         mean = jnp.sum(weights * d_weights, axis=-1, keepdims=True) / softmax.total
         d_scores = weights * (d_weights - mean) * scale
@@ -109,41 +97,40 @@ def _backward(scale, is_causal, residuals, d_out):
         d_queries = _product(d_scores, keys[:, :, :seen], (4, 2)).astype(q.dtype)
         return (_add_in_front(sums[0], d_keys), _add_in_front(sums[1], d_values)), d_queries
 
-    tokens = _queries(q, k, sight), softmax, d_heads
-    (d_keys, d_values), d_q = _over_blocks(attend, (zeros, zeros), tokens, k.shape[1], is_causal)
+    tokens = _queries(q, k, tags), softmax, d_heads
+    (d_keys, d_values), d_q = _over_blocks(attend, (zeros, zeros), tokens)
     return _by_time(d_q), d_keys.swapaxes(1, 2).astype(k.dtype), d_values.swapaxes(1, 2).astype(v.dtype), None
 
 
 attention_xla.defvjp(_forward, _backward)
 
 
-def _over_blocks(
-    attend: Callable[[Any, Any, int], tuple[Any, Any]], carry: Any, tokens: Any, u: int, is_causal: bool
-) -> tuple[Any, Any]:
+def _over_blocks(attend: Callable[[Any, Any, int], tuple[Any, Any]], carry: Any, tokens: Any) -> tuple[Any, Any]:
     """Calls attend(carry, part, number of keys to read) with one block of `tokens` after the other.
 
-    The number of keys has to be known when compiling: it is rounded up to one of `SPANS`.
+    No block reads all keys but the last ones. The number of keys has to be known when compiling: it is rounded up to
+    one of `SPANS`.
 
     Returns:
         The last carry, and the results put together.
     """
     t = jax.tree.leaves(tokens)[0].shape[3]
     if t <= BLOCK:
-        return attend(carry, tokens, u)
+        return attend(carry, tokens, t)
     blocks = t // BLOCK
     span = -(-blocks // SPANS)
-    reach = [min(i + span, blocks) * BLOCK for i in range(0, blocks, span)] if is_causal else [u]
+    reach = [min(i + span, blocks) * BLOCK for i in range(0, blocks, span)]
 
     def step(carry: Any, block: tuple[Array, Any]) -> tuple[Any, Any]:
         index, part = block
         choices = [lambda carry, part, seen=seen: attend(carry, part, seen) for seen in reach]
-        return jax.lax.switch(index // span if is_causal else 0, choices, carry, part)
+        return jax.lax.switch(index // span, choices, carry, part)
 
     stacked = jax.tree.map(lambda a: _stack(a[:, :, :, : blocks * BLOCK]), tokens)
     carry, results = jax.lax.scan(step, carry, (jnp.arange(blocks), stacked))
     results = jax.tree.map(_unstack, results)
     if t % BLOCK:
-        carry, rest = attend(carry, jax.tree.map(lambda a: a[:, :, :, blocks * BLOCK :], tokens), u)
+        carry, rest = attend(carry, jax.tree.map(lambda a: a[:, :, :, blocks * BLOCK :], tokens), t)
         results = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=3), results, rest)
     return carry, results
 
@@ -160,7 +147,7 @@ def _unstack(array: Float[Array, "n b kv r s p"]) -> Float[Array, "b kv r t p"]:
 def _scores(
     queries: _Queries, keys: Float[Array, "b kv u p"], key_tags: Int[Array, "b _"] | None, scale: float
 ) -> Float[Array, "b kv r t u"]:
-    visible: Bool[Array, "b 1 1 t u"] = jnp.arange(keys.shape[2]) <= queries.last
+    visible: Bool[Array, "#b 1 1 t u"] = jnp.arange(keys.shape[2]) <= queries.times
     if queries.tags is not None and key_tags is not None:
         visible &= queries.tags == key_tags[:, None, None, None, : keys.shape[2]]
     return jnp.where(visible, _product(queries.heads, keys, (4, 3)) * scale, HIDDEN)
@@ -185,9 +172,9 @@ def _add_in_front(sums: Float[Array, "b kv u p"], addend: Float[Array, "b kv s p
     return jax.lax.dynamic_update_slice_in_dim(sums, sums[:, :, :seen] + addend, 0, axis=2)
 
 
-def _queries(q: Float[Array, "b t h p"], k: Float[Array, "b u kv p"], sight: Sight) -> _Queries:
-    tags = None if sight.query_tags is None else sight.query_tags[:, None, None, :, None]
-    return _Queries(_by_heads(q, k), sight.last[:, None, None, :, None], tags)
+def _queries(q: Float[Array, "b t h p"], k: Float[Array, "b t kv p"], tags: Int[Array, "b t"] | None) -> _Queries:
+    times = jnp.arange(q.shape[1])[None, None, None, :, None]
+    return _Queries(_by_heads(q, k), times, None if tags is None else tags[:, None, None, :, None])
 
 
 def _by_heads(q: Float[Array, "b t h p"], k: Float[Array, "b u kv p"]) -> Float[Array, "b kv r t p"]:

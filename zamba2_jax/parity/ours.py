@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zamba2_jax.generate.decode import generate
+from zamba2_jax.generate import generate
 from zamba2_jax.model.loss import next_token_loss
 from zamba2_jax.model.parameter import named_parameters
 from zamba2_jax.model.tap import capture

@@ -1,0 +1,49 @@
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.generate.models import LENGTH, UNTIED, log_probabilities
+from tests.helpers import random_model, random_tokens
+from zamba2_jax import init_cache, score
+from zamba2_jax.generate.score import POSITIONS, _score_piece
+
+
+@pytest.fixture(scope="module")
+def model():
+    return random_model(UNTIED)
+
+
+def test_scores_are_those_of_full_passes(model):
+    """Ragged rows, more than a batch, up to three chunks; one token has nothing to predict."""
+    rows = [random_tokens(UNTIED, length, seed=length).tolist() for length in (7, LENGTH, 1, 20, 2)]
+    for row, found in zip(rows, score(model, rows, batch=2, chunk=16), strict=True):
+        expected = log_probabilities(model, row)[range(len(row) - 1), row[1:]]
+        np.testing.assert_allclose(found, expected, atol=2e-5)
+    assert score(model, []) == []
+
+
+def test_logits_are_never_whole():
+    """A chunk of [b, t, v] is nowhere in the program, one of `POSITIONS` is."""
+    b, t = 2, 4 * POSITIONS
+    model, cache = random_model(UNTIED), init_cache(UNTIED, b, t)
+    tokens, real = jnp.zeros((b, t), jnp.int32), jnp.full(b, t)
+    program = str(jax.make_jaxpr(_score_piece)(model, tokens, tokens, real, cache))
+    assert f"f32[{b},{POSITIONS},{UNTIED.vocab_size}]" in program
+    assert f"f32[{b},{t},{UNTIED.vocab_size}]" not in program
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "message"),
+    [
+        ([[1], []], {}, "row 1 is empty, expected at least one token"),
+        ([[1, 32]], {}, "row 0 holds token 32, expected ids in [0, 32)"),
+        ([[1]], {"batch": 0}, "batch=0, chunk=256: expected integers, at least 1"),
+        ([[1]], {"chunk": 1.5}, "batch=8, chunk=1.5: expected integers, at least 1"),
+    ],
+)
+def test_score_names_wrong_arguments(unchecked, model, rows, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        score(model, rows, **options)

@@ -1,0 +1,134 @@
+"""Whole calls: prompts in, continuations out."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import TypeVar, cast
+
+from zamba2_jax.generate.decode import check_tokens, next_power_of_two, rounded_capacity
+from zamba2_jax.generate.engine import Completion, Engine, Event, Request
+from zamba2_jax.generate.sampling import GREEDY, Sampling
+from zamba2_jax.generate.text import Tokenizer
+from zamba2_jax.model.zamba2 import Zamba2
+
+Prompt = TypeVar("Prompt", str, Sequence[int])
+
+
+def generate(
+    model: Zamba2,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    sampling: Sampling | Sequence[Sampling] = GREEDY,
+    *,
+    tokenizer: Tokenizer | None = None,
+    stop_tokens: Sequence[int] = (),
+    stop_strings: Sequence[str] = (),
+    prefix: Sequence[int] = (),
+    slots: int = 8,
+) -> list[Prompt]:
+    """Continues every prompt: strings by strings, lists of token ids by lists of token ids.
+
+    Args:
+        model: the model.
+        prompts: token ids; or strings, with a tokenizer.
+        max_new_tokens: most tokens to add to each.
+        sampling: how tokens are chosen; greedy by default. One for each prompt; or one for all, and then prompt i has
+            the seed `sampling.seed + i`, so that a prompt given twice is continued in two ways.
+        tokenizer: for strings. What it adds to a text by itself, it adds.
+        stop_tokens: a continuation ends with the first of these, which a list includes and a string does not.
+        stop_strings: a continuation ends with the token that completes the first of these; a string ends before it.
+        prefix: token ids before every prompt, taken in once.
+        slots: most prompts that run at a time.
+
+    Returns:
+        The continuations, in the order of the prompts.
+
+    Raises:
+        ValueError: before anything is computed: there are no prompts, one is empty or holds an id outside the
+            vocabulary, strings come without a tokenizer, or a parameter is out of its range.
+    """
+    engine = _engine_with(model, prompts, max_new_tokens, sampling, tokenizer, stop_tokens, stop_strings, prefix, slots)
+    done = {event.request: event for event in engine.events(streaming=False) if isinstance(event, Completion)}
+    in_order = [done[i] for i in range(len(prompts))]
+    strings = isinstance(prompts[0], str)
+    return cast(list[Prompt], [each.text if strings else list(each.tokens) for each in in_order])
+
+
+def stream(
+    model: Zamba2,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    sampling: Sampling | Sequence[Sampling] = GREEDY,
+    *,
+    tokenizer: Tokenizer | None = None,
+    stop_tokens: Sequence[int] = (),
+    stop_strings: Sequence[str] = (),
+    prefix: Sequence[int] = (),
+    slots: int = 8,
+) -> Iterator[Event]:
+    """As `generate`, token by token: a `Token` for each as it comes, and a `Completion` after a prompt's last.
+
+    `event.request` is the index of the prompt. With a tokenizer each token carries the text it adds.
+
+    Raises:
+        ValueError: as in `generate`, by this call already.
+    """
+    return _engine_with(
+        model, prompts, max_new_tokens, sampling, tokenizer, stop_tokens, stop_strings, prefix, slots
+    ).events()
+
+
+def _engine_with(
+    model: Zamba2,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    sampling: Sampling | Sequence[Sampling],
+    tokenizer: Tokenizer | None,
+    stop_tokens: Sequence[int],
+    stop_strings: Sequence[str],
+    prefix: Sequence[int],
+    slots: int,
+) -> Engine:
+    """An engine as large as the prompts need, and they in its queue."""
+    vocab_size = model.config.vocab_size
+    rows = [check_tokens(row, vocab_size, f"prompt {i}") for i, row in enumerate(token_lists(prompts, tokenizer))]
+    if isinstance(sampling, Sampling):
+        sampling = [dataclasses.replace(sampling, seed=(sampling.seed + i) % 2**32) for i in range(len(rows))]
+    if len(sampling) != len(rows):
+        raise ValueError(f"sampling has {len(sampling)} entries: expected one, or {len(rows)}, as prompts")
+    requests = [
+        Request(row.tolist(), max_new_tokens, how, stop_tokens, stop_strings)
+        for row, how in zip(rows, sampling, strict=True)
+    ]
+    before = len(check_tokens(prefix, vocab_size, "prefix")) if len(prefix) else 0
+    engine = Engine(
+        model,
+        slots=min(slots, next_power_of_two(len(rows))),
+        capacity=rounded_capacity(before + max(map(len, rows)) + max_new_tokens),
+        decode=None if tokenizer is None else tokenizer.decode,
+    )
+    for request in requests:
+        engine.check(request)
+    taken = engine.prefix(prefix) if before else None
+    for request in requests:
+        engine.submit(dataclasses.replace(request, prefix=taken))
+    return engine
+
+
+def token_lists(texts: Sequence[str] | Sequence[Sequence[int]], tokenizer: Tokenizer | None) -> Sequence[Sequence[int]]:
+    """Token ids of strings; token ids as they are.
+
+    Raises:
+        ValueError: there are no texts, one string stands for many, strings and token ids are mixed, or strings come
+            without a tokenizer.
+    """
+    if isinstance(texts, str) or not len(texts):
+        raise ValueError(f"prompts={texts!r}: expected at least one, in a list")
+    strings = [text for text in texts if isinstance(text, str)]
+    if not strings:
+        return [text for text in texts if not isinstance(text, str)]
+    if len(strings) < len(texts):
+        raise ValueError("prompts are strings and token ids: expected one of the two")
+    if tokenizer is None:
+        raise ValueError("prompts are strings: expected a tokenizer")
+    encoded = [tokenizer.encode(text) for text in strings]
+    return [getattr(tokens, "ids", tokens) for tokens in encoded]
