@@ -27,6 +27,7 @@ from jax.sharding import SingleDeviceSharding
 
 from zamba2_jax import Zamba2Config
 from zamba2_jax.ops import causal_attention
+from zamba2_jax.train.files import write_atomically
 
 RESULTS = Path(__file__).with_suffix(".json")
 MODELS = ("zamba2-1.2b", "zamba2-2.7b", "zamba2-7b")
@@ -80,9 +81,7 @@ def main() -> None:
             )
             shown = ["too much" if size is None else f"{size / 1e6:.0f}" for size in (forward, backward)]
             print(f"{where:7}{model:13}{p:4}{t:7}  {name:15}{shown[0]:>11}{shown[1]:>12}", flush=True)
-    unfinished = RESULTS.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(rows, indent=1) + "\n")
-    unfinished.replace(RESULTS)
+    write_atomically(RESULTS, lambda path: path.write_text(json.dumps(rows, indent=1) + "\n"))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ import torch
 from transformers.models.zamba2.modeling_zamba2 import mamba2_chunk_scan
 
 from zamba2_jax.ops import ssd, ssd_sequential
+from zamba2_jax.train.files import write_atomically
 
 RESULTS = Path(__file__).with_suffix(".json")
 SHAPES = {
@@ -218,9 +219,7 @@ def main() -> None:
     for name in sys.argv[1:] or parts:
         results[name] = parts[name]()
         show(name, results[name])
-    unfinished = RESULTS.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(results, indent=1) + "\n")
-    unfinished.replace(RESULTS)
+    write_atomically(RESULTS, lambda path: path.write_text(json.dumps(results, indent=1) + "\n"))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from zamba2_jax import Zamba2Config
 from zamba2_jax.ops import ssd
 from zamba2_jax.ops.decay import log_decays
 from zamba2_jax.ops.ssd_pallas_gpu import Tuning, ssd_pallas_gpu
+from zamba2_jax.train.files import write_atomically
 
 OUTPUT = Path(__file__).with_suffix(".json")
 ROUNDS, CALLS = 11, 10
@@ -156,9 +157,7 @@ def contenders(model: str, rows: int, tokens: int) -> dict[str, Contender]:
 
 def write(results: dict[str, Any]) -> None:
     """All or nothing."""
-    temporary = OUTPUT.with_suffix(".tmp")
-    temporary.write_text(json.dumps(results, indent=1) + "\n")
-    temporary.replace(OUTPUT)
+    write_atomically(OUTPUT, lambda path: path.write_text(json.dumps(results, indent=1) + "\n"))
 
 
 def main() -> None:

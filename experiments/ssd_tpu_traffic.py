@@ -39,6 +39,7 @@ from jax.sharding import SingleDeviceSharding
 from zamba2_jax import Zamba2Config
 from zamba2_jax.ops import ssd
 from zamba2_jax.ops.ssd_pallas_tpu import ssd_pallas_tpu
+from zamba2_jax.train.files import write_atomically
 
 RESULTS = Path(__file__).with_suffix(".json")
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
@@ -225,9 +226,7 @@ def main() -> None:
             rows.append(row)
             numbers = [f"{row['floor_bytes'] / 1e6:.1f}", *columns(row["pallas"]), *columns(row.get("xla"))]
             print(ROW.format(*case, row["direction"], *numbers), flush=True)
-    unfinished = RESULTS.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(rows, indent=1) + "\n")
-    unfinished.replace(RESULTS)
+    write_atomically(RESULTS, lambda path: path.write_text(json.dumps(rows, indent=1) + "\n"))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import pathlib
 import jax
 import jaxtyping
 import pytest
+from jax.experimental import topologies
 
 PACKAGE = pathlib.Path(__file__).parent.parent / "zamba2_jax"
 
@@ -28,6 +29,16 @@ def x64():
     """float64, for tests against oracles: what is left of the difference is not rounding."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def tpu_sharding(monkeypatch):
+    """On one device of a TPU that is not there, for which the real compiler compiles."""
+    pytest.importorskip("libtpu", reason="needs the TPU compiler, of the tpu extra")
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor a TPU that two processes could want
+    topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2")
+    return jax.sharding.SingleDeviceSharding(topology.devices[0])
 
 
 @pytest.fixture

@@ -4,8 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
 
 from tests.helpers import assert_close, assert_finite, normal
 from tests.ops.segment_rows import ALL_ROWS, LENGTH, documents
@@ -206,14 +204,10 @@ def test_splash_equals_all_at_once(length, kv_heads):
 
 @pytest.mark.parametrize("p", [128, 160, 224])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_splash_compiles_for_a_tpu(monkeypatch, p, dtype):
+def test_splash_compiles_for_a_tpu(tpu_sharding, p, dtype):
     """Values and gradients at the head dims of the released models, by the real compiler, without t x t scores."""
-    pytest.importorskip("libtpu", reason="needs the TPU compiler, of the tpu extra")
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
-    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor a TPU that two processes could want
-    device = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
-    q = jax.ShapeDtypeStruct((1, 2048, 32, p), dtype, sharding=SingleDeviceSharding(device))
-    ids = jax.ShapeDtypeStruct((1, 2048), jnp.int32, sharding=SingleDeviceSharding(device))
+    q = jax.ShapeDtypeStruct((1, 2048, 32, p), dtype, sharding=tpu_sharding)
+    ids = jax.ShapeDtypeStruct((1, 2048), jnp.int32, sharding=tpu_sharding)
 
     def attend(ids, weights, *qkv):
         return with_gradients(lambda *qkv: ops.causal_attention(*qkv, 0.1, ids, implementation="splash"), weights, *qkv)

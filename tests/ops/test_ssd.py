@@ -12,6 +12,7 @@ from jax.test_util import check_grads
 
 from tests.helpers import as_dtype, assert_close, assert_finite, for_a_gpu
 from tests.ops.segment_rows import ALL_ROWS, documents
+from tests.ops.ssd_arguments import ssd_arguments
 from zamba2_jax.ops import ssd, ssd_step
 from zamba2_jax.ops.ssd import default_implementation
 
@@ -30,18 +31,8 @@ SEGMENTS = np.array(
 
 
 def arguments(g, *, skip=True, initial=True, segments=False, length=t, seed=0):
-    """Arguments of `ssd` as a dict of float64, dt log-uniform over three decades."""
-    rng = np.random.default_rng(seed)
-    return {
-        "x": rng.standard_normal((b, length, h, p)),
-        "dt": 10 ** rng.uniform(-2.5, 0.5, (b, length, h)),
-        "A": -rng.uniform(0.05, 3, h),
-        "B": rng.standard_normal((b, length, g, n)),
-        "C": rng.standard_normal((b, length, g, n)),
-        "D": rng.standard_normal(h) if skip else None,
-        "initial_state": rng.standard_normal((b, h, p, n)) if initial else None,
-        "segment_ids": SEGMENTS if segments else None,
-    }
+    inputs = ssd_arguments(b, length, h, p, g, n, skip=skip, initial=initial, seed=seed)
+    return inputs | {"segment_ids": SEGMENTS if segments else None}
 
 
 def on_device(inputs):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import as_dtype, assert_close, assert_finite, for_a_gpu, normal
+from tests.ops.ssd_arguments import ssd_arguments
 from zamba2_jax import Zamba2Config
 from zamba2_jax.ops.decay import log_decays
 from zamba2_jax.ops.ssd_pallas_gpu import Tuning, ssd_pallas_gpu
@@ -18,20 +19,11 @@ from zamba2_jax.ops.ssd_reference import ssd_sequential
 b, t, h, p, n, g = 3, 150, 6, 8, 7, 2
 
 
-def arguments(*, length=t, groups=g, skip=True, initial=True, seed=0):
+def arguments(*, length=t, groups=g, skip=True, initial=True):
     """Arguments of `ssd_sequential` as a dict of float32: three documents per row, padding inside and at both ends."""
-    rng = np.random.default_rng(seed)
     segment_ids = np.minimum(1 + np.arange(length) // 40, 3) * np.ones((b, 1), int)
     segment_ids[0, 20:23] = segment_ids[1, :3] = segment_ids[2, -5:] = 0
-    arrays = {
-        "x": rng.standard_normal((b, length, h, p)),
-        "dt": 10 ** rng.uniform(-2.5, 0.5, (b, length, h)),
-        "A": -rng.uniform(0.05, 3, h),
-        "B": rng.standard_normal((b, length, groups, n)),
-        "C": rng.standard_normal((b, length, groups, n)),
-        "D": rng.standard_normal(h) if skip else None,
-        "initial_state": rng.standard_normal((b, h, p, n)) if initial else None,
-    }
+    arrays = ssd_arguments(b, length, h, p, groups, n, skip=skip, initial=initial)
     return {name: None if a is None else a.astype(np.float32) for name, a in arrays.items()}, segment_ids
 
 

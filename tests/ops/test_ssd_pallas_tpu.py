@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
 
 from tests.helpers import assert_finite
 from zamba2_jax import Zamba2Config
@@ -134,16 +132,12 @@ def test_released_models_need_no_padding(preset, tiling):
     assert tiling.heads * p % 128 == 0
 
 
-def test_compiles_for_a_tpu(monkeypatch):
+def test_compiles_for_a_tpu(tpu_sharding):
     """Forward and backward of zamba2-7b, by the real compiler, and no copy of anything as large as x around them."""
-    pytest.importorskip("libtpu", reason="needs the TPU compiler, of the tpu extra")
-    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
-    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor a TPU that two processes could want
-    device = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
     b, t, h, p, g, n = 3, 2048, 112, 64, 2, 64
 
     def array(*shape, dtype=jnp.float32):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=tpu_sharding)
 
     def scan(x, dt, log_decay, B, C, D, initial_state):
         y, state = ssd_pallas_tpu(

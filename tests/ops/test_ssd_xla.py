@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import as_dtype, assert_close, assert_finite
+from tests.ops.ssd_arguments import ssd_arguments
 from zamba2_jax.ops import ssd, ssd_sequential
 from zamba2_jax.ops.decay import log_decays
 from zamba2_jax.ops.ssd_xla import ssd_xla
@@ -15,17 +16,8 @@ from zamba2_jax.ops.ssd_xla import ssd_xla
 b, t, h, p, n, g = 3, 29, 6, 5, 7, 2
 
 
-def arguments(length=t, rows=b, seed=0):
-    rng = np.random.default_rng(seed)
-    return {
-        "x": rng.standard_normal((rows, length, h, p)),
-        "dt": 10 ** rng.uniform(-2.5, 0.5, (rows, length, h)),
-        "A": -rng.uniform(0.05, 3, h),
-        "B": rng.standard_normal((rows, length, g, n)),
-        "C": rng.standard_normal((rows, length, g, n)),
-        "D": rng.standard_normal(h),
-        "initial_state": rng.standard_normal((rows, h, p, n)),
-    }
+def arguments(length=t, rows=b):
+    return ssd_arguments(rows, length, h, p, g, n)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -175,7 +175,7 @@ class Demo:
         sampling = Sampling(temperature=self.temperature, seed=self.seed)
         continuations = generate(model, prompts, self.new_tokens, sampling, stop_tokens=[EOS])
         texts = [
-            prompt + tokenizer.decode(tokens[: tokens.index(EOS)] if EOS in tokens else tokens)
+            prompt + tokenizer.decode(tokens)  # EOS, which may be last, is left out as a special token
             for prompt, tokens in zip(self.prompts, continuations, strict=True)
         ]
         for prompt, text in zip(self.prompts, texts, strict=True):

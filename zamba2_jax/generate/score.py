@@ -11,8 +11,8 @@ from zamba2_jax.generate.decode import check_tokens, next_power_of_two, padded_l
 from zamba2_jax.generate.sampling import is_int
 from zamba2_jax.model.cache import Cache, init_cache
 from zamba2_jax.model.zamba2 import Zamba2
-from zamba2_jax.ops.linear import matmul
-from zamba2_jax.typing import Array, Float, Int, at_least_fp32
+from zamba2_jax.ops.cross_entropy import token_log_probabilities
+from zamba2_jax.typing import Array
 
 POSITIONS = 32
 """Positions of every row whose logits exist at a time."""
@@ -70,21 +70,4 @@ def _score_piece(model: Zamba2, tokens: Array, targets: Array, real: Array, cach
     padding = (jnp.arange(tokens.shape[1]) < real[:, None]).astype(jnp.int32)
     h, after = model.hidden_states(tokens, padding, cache=cache)
     assert after is not None
-    return _log_probabilities(h, model.output_matrix, targets), after
-
-
-def _log_probabilities(
-    h: Float[Array, "b t d"], w: Float[Array, "d v"], targets: Int[Array, "b t"]
-) -> Float[Array, "b t"]:
-    """ln softmax(h w)[target], the logits of `POSITIONS` positions at a time."""
-    (b, t, d), wide = h.shape, at_least_fp32(h.dtype)
-    padding = -t % POSITIONS
-    h = jnp.pad(h, ((0, 0), (0, padding), (0, 0))).reshape(b, -1, POSITIONS, d).swapaxes(0, 1)
-    targets = jnp.pad(targets, ((0, 0), (0, padding))).reshape(b, -1, POSITIONS).swapaxes(0, 1)
-
-    def one(part: tuple[Array, Array]) -> Array:
-        logits = matmul(part[0], w, dtype=wide)
-        picked = jnp.take_along_axis(logits, part[1][..., None], axis=-1)[..., 0]
-        return picked - jax.nn.logsumexp(logits, axis=-1)
-
-    return jax.lax.map(one, (h, targets)).swapaxes(0, 1).reshape(b, -1)[:, :t]
+    return token_log_probabilities(h, model.output_matrix, targets, chunk_size=POSITIONS), after

@@ -2,7 +2,7 @@
 
 from zamba2_jax.ops.attention import cached_attention, causal_attention
 from zamba2_jax.ops.conv import causal_conv1d, causal_conv1d_step
-from zamba2_jax.ops.cross_entropy import cross_entropy
+from zamba2_jax.ops.cross_entropy import cross_entropy, token_log_probabilities
 from zamba2_jax.ops.linear import adapter, linear, matmul
 from zamba2_jax.ops.norm import gated_rms_norm, rms_norm
 from zamba2_jax.ops.rope import rotate
@@ -28,4 +28,5 @@ __all__ = [
     "ssd_associative",
     "ssd_sequential",
     "ssd_step",
+    "token_log_probabilities",
 ]

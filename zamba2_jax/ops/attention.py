@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from zamba2_jax.ops.attention_splash import attention_splash
 from zamba2_jax.ops.attention_xla import attention_xla
-from zamba2_jax.ops.placement import is_undivided
+from zamba2_jax.ops.placement import takes_tpu_kernels
 from zamba2_jax.ops.segments import document_index
 from zamba2_jax.typing import Array, Bool, Float, Int, at_least_fp32
 
@@ -126,7 +126,7 @@ def default_implementation() -> Implementation:
 
     On GPUs cuDNN has not been measured to be faster yet.
     """
-    return "splash" if jax.default_backend() == "tpu" and is_undivided() else "xla"
+    return "splash" if takes_tpu_kernels() else "xla"
 
 
 def _check_cudnn(q: Array, segment_ids: Array | None) -> None:

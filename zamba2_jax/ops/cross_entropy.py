@@ -1,10 +1,41 @@
-"""The loss of a language model, without its logits in memory."""
+"""Log-probabilities and the loss of a language model, without its logits in memory."""
 
 import jax
 import jax.numpy as jnp
 
 from zamba2_jax.ops.linear import matmul
 from zamba2_jax.typing import Array, Float, Int, at_least_fp32
+
+
+def token_log_probabilities(
+    h: Float[Array, "b t d"], w: Float[Array, "d v"], targets: Int[Array, "b t"], *, chunk_size: int = 256
+) -> Float[Array, "b t"]:
+    """ln softmax(h w)[target], in at least float32.
+
+    Logits exist for `chunk_size` positions of every row at a time, in the backward pass too, where they are computed
+    again.
+
+    Args:
+        h: what the output head reads.
+        w: the output head.
+        targets: a token at each position.
+        chunk_size: positions per chunk.
+    """
+    (b, t), size, wide = targets.shape, min(chunk_size, h.shape[1]), at_least_fp32(h.dtype)
+
+    def chunks(array: Array) -> Array:
+        padded = jnp.pad(array, [(0, 0), (0, -t % size)] + [(0, 0)] * (array.ndim - 2))
+        return jnp.moveaxis(padded.reshape(b, -1, size, *array.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def of_chunk(chunk: tuple[Array, Array]) -> Array:
+        h, targets = chunk
+        logits = matmul(h, w, dtype=wide)
+        picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        return picked - jax.nn.logsumexp(logits, axis=-1)
+
+    by_chunk = jax.lax.map(of_chunk, (chunks(h), chunks(targets)))
+    return jnp.moveaxis(by_chunk, 0, 1).reshape(b, -1)[:, :t]
 
 
 def cross_entropy(
@@ -15,30 +46,11 @@ def cross_entropy(
     *,
     chunk_size: int = 256,
 ) -> Float[Array, ""]:
-    """sum of weights * (logsumexp(h w) - (h w)[target]), in nats, in at least float32.
-
-    Logits exist for `chunk_size` positions of every row at a time, in the backward pass too, where they are computed
-    again.
+    """sum of weights * -ln softmax(h w)[target], in nats, in at least float32.
 
     Args:
-        h: what the output head reads.
-        w: the output head.
-        targets: the token to predict at each position.
+        h, w, targets, chunk_size: as for `token_log_probabilities`, whose memory it takes.
         weights: of each position's loss; 0 leaves it out.
-        chunk_size: positions per chunk.
     """
-    size = min(chunk_size, h.shape[1])
-    wide = at_least_fp32(h.dtype)
-
-    def chunks(array: Array) -> Array:
-        padded = jnp.pad(array, [(0, 0), (0, -array.shape[1] % size)] + [(0, 0)] * (array.ndim - 2))
-        return jnp.moveaxis(padded.reshape(array.shape[0], -1, size, *array.shape[2:]), 1, 0)
-
-    @jax.checkpoint
-    def add(total: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        h, targets, weights = chunk
-        logits = matmul(h, w, dtype=wide)
-        picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return total + jnp.sum(weights * (jax.nn.logsumexp(logits, axis=-1) - picked)), None
-
-    return jax.lax.scan(add, jnp.zeros((), wide), (chunks(h), chunks(targets), chunks(weights.astype(wide))))[0]
+    log_p = token_log_probabilities(h, w, targets, chunk_size=chunk_size)
+    return -jnp.sum(weights.astype(log_p.dtype) * log_p)

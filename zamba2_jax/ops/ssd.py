@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from zamba2_jax.ops.decay import MAX_CHUNK, log_decays
-from zamba2_jax.ops.placement import is_undivided
+from zamba2_jax.ops.placement import takes_tpu_kernels
 from zamba2_jax.ops.ssd_pallas_gpu import ssd_pallas_gpu
 from zamba2_jax.ops.ssd_pallas_tpu import ssd_pallas_tpu
 from zamba2_jax.ops.ssd_reference import ssd_associative, ssd_sequential
@@ -110,15 +110,14 @@ def default_implementation() -> Implementation:
 
     With several devices see `placement`. On GPUs our kernels have not been measured to be faster yet.
     """
-    return "pallas_tpu" if jax.default_backend() == "tpu" and is_undivided() else "xla"
+    return "pallas_tpu" if takes_tpu_kernels() else "xla"
 
 
-def _xla(*inputs: Array | None, chunk_size: int | None) -> tuple[Array, Array]:
+def _xla(x: Array, *others: Array | None, chunk_size: int | None) -> tuple[Array, Array]:
     """`ssd_xla` at the sizes that are fastest: a chunk that stays in the cache on CPU, many at once elsewhere."""
-    assert inputs[0] is not None
     best, window = (32, 1) if jax.default_backend() == "cpu" else (64, 16)
-    chunk_size = min(chunk_size or best, inputs[0].shape[1])
-    return ssd_xla(*inputs, chunk_size, min(window, -(-inputs[0].shape[1] // chunk_size)))
+    chunk_size = min(chunk_size or best, x.shape[1])
+    return ssd_xla(x, *others, chunk_size, min(window, -(-x.shape[1] // chunk_size)))
 
 
 def _check_shapes(

@@ -90,7 +90,7 @@ class _Weights:
         for tensor in tensors(config):
             owner = ".".join(tensor.parts[0].path.split(".")[:2])
             self._table.setdefault(owner if "." in owner else "", []).append(tensor)
-        self._block = lru_cache(maxsize=None)(self._shared_block)
+        self._blocks: dict[int, SharedBlock] = {}
         self.layer = lru_cache(maxsize=1)(self._layer)
         self.parts = lru_cache(maxsize=1)(self._parts)
 
@@ -114,12 +114,12 @@ class _Weights:
         """The same as modules."""
         tensors, block, call = self.layer(row), None, None
         if row.hybrid is not None:
-            block = self._block(row.hybrid.block)
+            number = row.hybrid.block
+            if number not in self._blocks:
+                self._blocks[number] = self._module(SharedBlock, tensors, f"shared.{number}.")
+            block = self._blocks[number]
             call = self._module(SharedCall, tensors, f"calls.{row.hybrid.call}.")
         return layerwise.Parts(self._module(MambaLayer, tensors, f"layers.{row.layer}."), block, call)
-
-    def _shared_block(self, number: int) -> SharedBlock:
-        return self._module(SharedBlock, self._read_all(f"shared.{number}"), f"shared.{number}.")
 
     def _module(self, kind: Callable[..., ModuleT], tensors: dict[Tensor, np.ndarray], prefix: str) -> ModuleT:
         """The module whose paths start with `prefix`, on its share of the tensors."""
