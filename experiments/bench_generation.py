@@ -1,0 +1,222 @@
+"""How fast does a model of the 1.2B shape write on this machine's CPU, beside transformers?
+
+    python experiments/bench_generation.py                        # everything, some forty minutes
+    python experiments/bench_generation.py first batch            # any of: first, batch, memory, machine
+
+Needs the `parity` extra. Random weights, greedy, both sides through their `generate` with a cache, transformers at the
+chunk size its scan is fastest with, in float32 and bfloat16. Each contender is a process of its own with its model, one
+after the other, because together they would need 20 GB. Prints tables and writes bench_generation.json beside this
+file.
+"""
+
+import json
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from zamba2_jax import Zamba2, Zamba2Config, decode_step, generate, prefill
+from zamba2_jax.train.files import write_atomically
+
+RESULTS = Path(__file__).with_suffix(".json")
+PRESET = "zamba2-1.2b"
+PROMPTS = (128, 512)
+BATCHES = (1, 2, 4, 8, 16)
+LONG_PROMPT = 4096
+ROUNDS = 3
+NEW_TOKENS = 16
+TORCH_CHUNK = 64
+CONTENDERS = ("ours float32", "ours bfloat16", "transformers float32", "transformers bfloat16")
+
+Generate = Callable[[np.ndarray, int], Any]
+
+
+def ours(dtype: str) -> Generate:
+    """Continues rows of tokens [b, t] by some more, with our model of random weights."""
+    model = jax.jit(lambda: Zamba2(Zamba2Config.preset(PRESET), rngs=nnx.Rngs(0), dtype=dtype))()
+    return lambda prompts, new: generate(model, prompts.tolist(), new, slots=len(prompts))
+
+
+def theirs(dtype: str) -> Generate:
+    """The same with transformers."""
+    import torch
+    from transformers import Zamba2ForCausalLM
+
+    from zamba2_jax.parity.reference import reference_config
+
+    with torch.device("meta"):
+        model = Zamba2ForCausalLM(reference_config(Zamba2Config.preset(PRESET), TORCH_CHUNK))
+    model = model.to(getattr(torch, dtype)).to_empty(device="cpu").eval()
+    model.tie_weights()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.02)
+        for buffer in model.buffers():
+            buffer.fill_(0.01)
+
+    def run(prompts: np.ndarray, new: int) -> Any:
+        tokens = torch.from_numpy(prompts)
+        options = {"attention_mask": torch.ones_like(tokens), "do_sample": False, "eos_token_id": None}
+        with torch.inference_mode():
+            return model.generate(tokens, max_new_tokens=new, min_new_tokens=new, **options)
+
+    return run
+
+
+def work(contender: str, pipe: Connection) -> None:
+    """A contender's process: answers (rows, prompt, new tokens) by seconds and the peak of its memory in bytes."""
+    side, dtype = contender.split()
+    run = ours(dtype) if side == "ours" else theirs(dtype)
+    while (task := pipe.recv()) is not None:
+        b, t, new = task
+        prompts = np.random.default_rng(0).integers(3, 32000, (b, t))
+        Path("/proc/self/clear_refs").write_text("5")  # the peak of memory counts from here
+        start = time.perf_counter()
+        run(prompts, new)
+        pipe.send((time.perf_counter() - start, peak_memory()))
+
+
+def peak_memory() -> int:
+    """Largest resident memory of this process, in bytes."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return 1024 * int(line.split()[1])
+
+
+class Contender:
+    """The other end of a contender's process."""
+
+    def __init__(self, name: str):
+        context = multiprocessing.get_context("spawn")
+        self._pipe, other = context.Pipe()
+        self._process = context.Process(target=work, args=(name, other), daemon=True)
+        self._process.start()
+
+    def __call__(self, b: int, t: int, new: int) -> tuple[float, int]:
+        """Seconds to continue b rows of t tokens, and the peak of memory in bytes."""
+        self._pipe.send((b, t, new))
+        return self._pipe.recv()
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._pipe.send(None)
+        self._process.join()
+
+
+def seconds(contender: Contender, tasks: list[tuple[int, int, int]], rounds: int) -> list[float]:
+    """Medians for each task, after one round to warm up."""
+    times = [[contender(*task)[0] for task in tasks] for _ in range(rounds + 1)]
+    return np.median(times[1:], axis=0).tolist()
+
+
+def first(contender: Contender) -> dict[str, float]:
+    """Seconds to the first token, by the length of the prompt."""
+    found = seconds(contender, [(1, t, 1) for t in PROMPTS], ROUNDS)
+    return {f"prompt of {t}: seconds to the first token": value for t, value in zip(PROMPTS, found, strict=True)}
+
+
+def batch(contender: Contender) -> dict[str, float]:
+    """Tokens per second after prompts of 32, by the number of rows."""
+    result = {}
+    for b in BATCHES:
+        begin, end = seconds(contender, [(b, 32, 1), (b, 32, 1 + NEW_TOKENS)], ROUNDS)
+        result[f"rows {b}: tokens per second"] = b * NEW_TOKENS / (end - begin)
+    return result
+
+
+def memory(contender: Contender) -> dict[str, float]:
+    """Peak of resident memory for one long prompt, the model included."""
+    return {f"prompt of {LONG_PROMPT}: peak memory, GB": contender(1, LONG_PROMPT, 1)[1] / 1e9}
+
+
+def context() -> dict[str, float]:
+    """Milliseconds of a step of zamba2-nano after many tokens and after few."""
+    model, result = Zamba2(Zamba2Config.preset("zamba2-nano"), rngs=nnx.Rngs(0)), {}
+    for t in (1024, 16384):
+        _, cache = prefill(model, jnp.ones((1, t), jnp.int32), capacity=t + 64)
+        times = []
+        for _ in range(41):
+            start = time.perf_counter()
+            logits, cache = decode_step(model, jnp.ones(1, jnp.int32), cache)
+            jax.block_until_ready(logits)
+            times.append(1e3 * (time.perf_counter() - start))
+        result[f"zamba2-nano, a step after {t} tokens: ms"] = statistics.median(times[1:])
+    return result
+
+
+def ceilings() -> dict[str, float]:
+    """Tokens per second at which the float32 weights alone would take all that the memory gives."""
+    speed, (once, every_call) = bandwidth(), weight_bytes(Zamba2Config.preset(PRESET))
+    return {
+        "memory: GB per second": speed / 1e9,
+        "tokens per second, each weight read once": speed / once,
+        "tokens per second, shared blocks read at every call": speed / every_call,
+    }
+
+
+def weight_bytes(config: Zamba2Config) -> tuple[int, int]:
+    """Bytes of the float32 weights a token needs, and of those it reads if nothing stays in a cache."""
+    model = jax.eval_shape(lambda: Zamba2(config, rngs=nnx.Rngs(0)))
+
+    def size(tree: Any) -> int:
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+    calls = [row.hybrid.block for row in config.layer_plan if row.hybrid is not None]
+    again = sum(size(model.shared[block]) for block in calls) - size(list(model.shared))
+    return size(model), size(model) + again
+
+
+def bandwidth() -> float:
+    """Bytes per second that matrix-vector products read, the best of some over 1 GiB."""
+    matrix, vector = jnp.ones((2**14, 2**14), jnp.float32), jnp.ones(2**14, jnp.float32)
+    product, times = jax.jit(jnp.dot), []
+    for _ in range(12):
+        start = time.perf_counter()
+        jax.block_until_ready(product(vector, matrix))
+        times.append(time.perf_counter() - start)
+    return matrix.nbytes / min(times)
+
+
+def show(results: dict[str, dict[str, float]]) -> None:
+    """Prints a line per number and contender, with ours in float32 relative to it."""
+    for key in dict.fromkeys(key for values in results.values() for key in values):
+        print(key)
+        for name, values in results.items():
+            if key in values:
+                ratio = results[CONTENDERS[0]].get(key, float("nan")) / values[key]
+                print(f"  {name:24}{values[key]:9.3f}   ours / it {ratio:6.2f}", flush=True)
+
+
+def main() -> None:
+    """Runs the named tasks, or all, and writes what they found."""
+    tasks = {task.__name__: task for task in (first, batch, memory)}
+    chosen = sys.argv[1:] or [*tasks, "machine"]
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {name: {} for name in CONTENDERS}
+    for name in CONTENDERS if set(chosen) & set(tasks) else ():
+        contender = Contender(name)
+        for task in chosen:
+            results[name] |= tasks[task](contender) if task in tasks else {}
+        contender.close()
+        print(name, "is done", file=sys.stderr, flush=True)
+    show(results)
+    if "machine" in chosen:
+        for key, value in (context() | ceilings()).items():
+            print(f"{key}: {value:.2f}")
+            results.setdefault("machine", {})[key] = value
+    text = json.dumps(results, indent=1) + "\n"
+    write_atomically(RESULTS, lambda path: path.write_text(text))
+
+
+if __name__ == "__main__":
+    main()
