@@ -50,7 +50,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 def encode_documents(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
     """The tokens of each text between BOS and EOS, int32."""
-    encodings = tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
     return [np.array([BOS, *encoding.ids, EOS], np.int32) for encoding in encodings]
 
 
