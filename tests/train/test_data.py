@@ -1,9 +1,15 @@
 import itertools
+import json
 
+import grain
 import numpy as np
 import pytest
 
-from zamba2_jax.train.data import Mixture, Source, batches, pack
+from zamba2_jax.train import data
+from zamba2_jax.train.data import PackedRows, Shares, batches, held_out
+from zamba2_jax.train.documents import Documents, in_memory
+
+SIZES = [7, 3, 12, 5, 9, 8]  # 44 tokens: 11 rows of 4
 
 
 def make_documents(sizes, first=1):
@@ -12,110 +18,187 @@ def make_documents(sizes, first=1):
     return [np.arange(begin, end, dtype=np.int32) for begin, end in itertools.pairwise(ends)]
 
 
-def rows_of(batch):
-    return list(zip(batch.tokens, batch.segment_ids, strict=True))
+def take(stream, count, state=None):
+    iterator = iter(stream)
+    if state is not None:
+        iterator.set_state(state)
+    taken = list(itertools.islice(iterator, count))
+    iterator.close()
+    return taken
+
+
+def real_tokens(rows):
+    return np.concatenate([row.tokens[row.segment_ids != 0] for row in rows])
+
+
+def assert_equal(batch, other):
+    np.testing.assert_array_equal(batch.tokens, other.tokens)
+    np.testing.assert_array_equal(batch.segment_ids, other.segment_ids)
 
 
 @pytest.mark.parametrize("sizes", [[1], [5], [3, 2], [7, 1, 1, 11, 4], [5, 5], [2, 0, 3], [1] * 9])
-def test_pack_keeps_every_token_and_document(sizes):
+@pytest.mark.parametrize("window", [1, 2, 100])
+@pytest.mark.parametrize("seed", [None, 3])
+def test_rows_hold_every_document_whole_and_number_them(monkeypatch, sizes, window, seed):
+    monkeypatch.setattr(data, "WINDOW", window)
     documents = make_documents(sizes)
-    packed = pack(documents, 5)
-    assert packed.tokens.shape == packed.segment_ids.shape == (-(-sum(sizes) // 5), 5)
-    assert packed.tokens.dtype == packed.segment_ids.dtype == np.int32
-    real = packed.segment_ids != 0
-    np.testing.assert_array_equal(packed.tokens[real], np.concatenate(documents))
-    assert (packed.tokens[~real] == 0).all()
+    packed = PackedRows(in_memory(documents), 5, seed=seed)
+    assert len(packed) == -(-sum(sizes) // 5)
     owner = {token: i for i, document in enumerate(documents) for token in document.tolist()}
-    for tokens, segment_ids in rows_of(packed):
-        owners = [owner[token] for token in tokens[segment_ids != 0].tolist()]
-        numbers = {document: i + 1 for i, document in enumerate(dict.fromkeys(owners))}
-        assert segment_ids[segment_ids != 0].tolist() == [numbers[document] for document in owners]
+    for epoch in (0, 2):
+        rows = [packed[epoch * len(packed) + i] for i in range(len(packed))]
+        tokens = real_tokens(rows).tolist()
+        order = list(dict.fromkeys(owner[token] for token in tokens))
+        np.testing.assert_array_equal(tokens, np.concatenate([documents[i] for i in order]))
+        assert sorted(order) == [i for i, size in enumerate(sizes) if size]
+        windows = [i // window for i in order]
+        assert windows == sorted(windows)
+        for row in rows:
+            assert row.tokens.dtype == row.segment_ids.dtype == np.int32
+            assert (row.tokens[row.segment_ids == 0] == 0).all()
+            owners = [owner[token] for token in row.tokens[row.segment_ids != 0].tolist()]
+            numbers = {document: i + 1 for i, document in enumerate(dict.fromkeys(owners))}
+            assert row.segment_ids.tolist() == [numbers[i] for i in owners] + [0] * (5 - len(owners))
 
 
-def test_pack_by_hand():
-    packed = pack(make_documents([3, 4, 1]), 5)
-    assert packed.tokens.tolist() == [[1, 2, 3, 4, 5], [6, 7, 8, 0, 0]]
-    assert packed.segment_ids.tolist() == [[1, 1, 1, 2, 2], [1, 1, 2, 0, 0]]
+def test_rows_by_hand():
+    packed = PackedRows(in_memory(make_documents([3, 4, 1])), 5, seed=None)
+    assert [row.tokens.tolist() for row in packed] == [[1, 2, 3, 4, 5], [6, 7, 8, 0, 0]]
+    assert [row.segment_ids.tolist() for row in packed] == [[1, 1, 1, 2, 2], [1, 1, 2, 0, 0]]
+
+
+def test_documents_and_rows_are_shuffled_anew_in_every_epoch():
+    packed = PackedRows(in_memory(make_documents(SIZES)), 4, seed=3)
+    orders = {real_tokens([packed[epoch * 11 + i] for i in range(11)]).tobytes() for epoch in range(4)}
+    assert len(orders) == 4
+    long = in_memory(make_documents([44]))  # all that can change is the order of the rows
+    epochs = take(batches({"a": long}, {"a": 1.0}, batch_size=11, length=4, seed=0), 3)
+    assert len({batch.tokens.tobytes() for batch in epochs}) == 3
+    assert not any((np.diff(batch.tokens[:, 0]) > 0).all() for batch in epochs)
+
+
+def test_an_epoch_holds_every_token_once():
+    stream = batches({"a": in_memory(make_documents(SIZES))}, {"a": 1.0}, batch_size=11, length=4, seed=3)
+    for epoch in take(stream, 4):
+        assert sorted(real_tokens([epoch])) == list(range(1, 45))
+
+
+def test_a_row_takes_the_lengths_of_its_window_alone(monkeypatch):
+    monkeypatch.setattr(data, "WINDOW", 2)
+    documents = in_memory(make_documents([5, 5] * 20))
+    packed, expected = (PackedRows(documents, 10, seed=1) for _ in range(2))
+    offsets = documents.offsets.copy()
+    offsets[1::2] = 10**6  # of every window but its begin
+    offsets[9] = documents.offsets[9]
+    packed._documents = Documents(offsets, documents.read)
+    assert_equal(packed[4], expected[4])
+
+
+def test_seeds_and_names_fix_the_order():
+    sources = dict.fromkeys("ab", in_memory(make_documents(SIZES)))
+
+    def tokens(name, seed):
+        (batch,) = take(batches(sources, {name: 1.0}, batch_size=11, length=4, seed=seed), 1)
+        return batch.tokens.tobytes()
+
+    assert tokens("a", 3) == tokens("a", 3)
+    assert len({tokens("a", 3), tokens("a", 4), tokens("a", (3, 1)), tokens("b", 3)}) == 4
 
 
 @pytest.mark.parametrize(
-    ("documents", "length", "message"),
-    [([], 4, "no tokens"), ([np.array([], np.int32)], 4, "no tokens"), (make_documents([3]), 1, "length=1")],
+    "shares", [[0.7, 0.3], [1.0], [0.45, 0.45, 0.1], [0.1, 0.5005, 0.3995], [0.001, 0.999], [1 / 3] * 3]
 )
-def test_pack_refuses(documents, length, message):
-    with pytest.raises(ValueError, match=message):
-        pack(documents, length)
+def test_a_mixture_keeps_the_shares_at_every_row(shares):
+    given = np.zeros(len(shares), int)
+    for row, (source, index) in enumerate(map(Shares(shares).__getitem__, range(3000))):
+        assert index == given[source]
+        given[source] += 1
+        assert np.abs(given - np.array(shares) * (row + 1)).max() <= 1
 
 
-def test_batches_fill_up_with_empty_rows():
-    cut = batches(pack(make_documents([13]), 5), 2)
+def test_a_mixture_goes_through_each_source_as_it_goes_alone():
+    sources = {name: in_memory(make_documents([60], 1000 * i)) for i, name in enumerate("abc", start=1)}
+    mixture = take(batches(sources, {"a": 0.75, "b": 0.25, "c": 0.0}, batch_size=4, length=5, seed=3), 30)
+    rows = np.concatenate([batch.tokens for batch in mixture])
+    for i, (name, share) in enumerate({"a": 0.75, "b": 0.25, "c": 0.0}.items(), start=1):
+        own = rows[rows[:, 0] // 1000 == i]
+        assert len(own) == share * len(rows)
+        if share:
+            alone = take(batches(sources, {name: 1.0}, batch_size=1, length=5, seed=3), len(own))
+            np.testing.assert_array_equal(own, np.concatenate([batch.tokens for batch in alone]))
+
+
+@pytest.fixture
+def mixture():
+    sources = {name: in_memory(make_documents(SIZES, 1000 * i)) for i, name in enumerate("ab", start=1)}
+
+    def stream(**hosts):
+        return batches(sources, {"a": 0.6, "b": 0.4}, batch_size=6, length=4, seed=1, **hosts)
+
+    return stream
+
+
+@pytest.mark.parametrize("hosts", [2, 3, 6])
+def test_batches_of_the_hosts_make_up_the_batch_of_one(mixture, hosts):
+    by_host = [take(mixture(host_index=host, host_count=hosts), 9) for host in range(hosts)]
+    for step, expected in enumerate(take(mixture(), 9)):
+        shares = [stream[step] for stream in by_host]
+        assert {share.tokens.shape for share in shares} == {(6 // hosts, 4)}
+        np.testing.assert_array_equal(np.concatenate([share.tokens for share in shares]), expected.tokens)
+        np.testing.assert_array_equal(np.concatenate([share.segment_ids for share in shares]), expected.segment_ids)
+
+
+def test_a_host_reads_its_share_alone(monkeypatch):
+    monkeypatch.setattr(data, "READ", grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+    whole = in_memory(make_documents([4] * 30))
+    reads = []
+    documents = Documents(whole.offsets, lambda start, stop: reads.append(stop - start) or whole.read(start, stop))
+    stream = batches({"a": documents}, {"a": 1.0}, batch_size=6, length=4, seed=0, host_index=1, host_count=3)
+    take(stream, 5, state={"next_index": 2})
+    assert sum(reads) == 5 * 2 * 4
+
+
+def test_a_stream_goes_on_from_its_state_on_any_number_of_hosts(mixture):
+    expected = take(mixture(), 12)
+    iterator = iter(mixture())
+    for stop in range(7):
+        state = json.loads(json.dumps(iterator.get_state()))
+        for batch, other in zip(take(mixture(), 5, state), expected[stop:], strict=False):
+            assert_equal(batch, other)
+        halves = [take(mixture(host_index=host, host_count=2), 1, state)[0].tokens for host in range(2)]
+        np.testing.assert_array_equal(np.concatenate(halves), expected[stop].tokens)
+        assert_equal(next(iterator), expected[stop])
+    iterator.set_state({"next_index": 3})
+    assert_equal(next(iterator), expected[3])
+    iterator.close()
+
+
+def test_held_out_batches_fill_up_with_empty_rows():
+    cut = held_out(in_memory(make_documents([13])), batch_size=2, length=5)
     assert [batch.tokens.shape for batch in cut] == [(2, 5)] * 2
     assert cut[0].tokens.tolist() == [[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]]
     assert cut[1].segment_ids.tolist() == [[1, 1, 1, 0, 0], [0] * 5]
 
 
-def test_source_gives_every_token_once_per_epoch_in_an_order_of_its_own():
-    source = Source(make_documents([7, 3, 12, 5, 9, 8]), 4, seed=3)
-    assert source.rows_per_epoch == 11
-    epochs = [source.rows(np.arange(first, first + 11)) for first in (0, 11, 22)]
-    for epoch in epochs:
-        assert sorted(epoch.tokens[epoch.segment_ids != 0]) == list(range(1, 45))
-    assert len({epoch.tokens.tobytes() for epoch in epochs}) == 3
-
-
-def test_source_is_a_function_of_seed_and_index():
-    documents = make_documents([7, 3, 12, 5, 9, 8])
-    source, again, other = (Source(documents, 4, seed=seed) for seed in (3, 3, 4))
-    across = source.rows(np.arange(8, 15))
-    for place, index in enumerate(range(14, 7, -1)):
-        row = again.rows(np.array([index]))
-        np.testing.assert_array_equal(row.tokens[0], across.tokens[-1 - place])
-        np.testing.assert_array_equal(row.segment_ids[0], across.segment_ids[-1 - place])
-    assert not np.array_equal(other.rows(np.arange(8, 15)).tokens, across.tokens)
-
-
 @pytest.mark.parametrize(
-    "shares", [{"a": 0.7, "b": 0.3}, {"a": 1.0}, {"b": 0.45, "a": 0.45, "c": 0.1}, {"a": 0, "b": 1}]
-)
-def test_mixture_keeps_the_shares_at_every_step(shares):
-    sources = {name: Source(make_documents([50], first=1000 * i), 5, seed=0) for i, name in enumerate("abc", start=1)}
-    mixture = Mixture(sources, shares, batch_size=4, steps=30)
-    owners = np.concatenate([mixture.batch(step).tokens[:, 0] // 1000 for step in range(30)])
-    for i, name in enumerate("abc", start=1):
-        for rows in range(4, 121, 4):
-            assert abs((owners[:rows] == i).sum() - shares.get(name, 0) * rows) <= 1
-
-
-def test_mixture_goes_through_each_source_in_order():
-    sources = {name: Source(make_documents([60], first=1000 * i), 5, seed=i) for i, name in enumerate("ab", start=1)}
-    mixture = Mixture(sources, {"a": 0.75, "b": 0.25}, batch_size=3, steps=8)
-    rows = np.concatenate([mixture.batch(step).tokens for step in range(8)])
-    for i, name in enumerate("ab", start=1):
-        own = rows[rows[:, 0] // 1000 == i]
-        np.testing.assert_array_equal(own, sources[name].rows(np.arange(len(own))).tokens)
-
-
-def test_a_batch_does_not_depend_on_those_before():
-    def mixture():
-        sources = {name: Source(make_documents([9, 8, 13]), 5, seed=i) for i, name in enumerate("ab")}
-        return Mixture(sources, {"a": 0.6, "b": 0.4}, batch_size=3, steps=12)
-
-    in_order = mixture()
-    expected = [in_order.batch(step) for step in range(12)]
-    backward = mixture()
-    for step in reversed(range(12)):
-        np.testing.assert_array_equal(backward.batch(step).tokens, expected[step].tokens)
-
-
-@pytest.mark.parametrize(
-    ("shares", "batch_size", "steps", "message"),
+    ("changes", "message"),
     [
-        ({"a": 0.5, "z": 0.5}, 1, 1, r"\['z'\].*\['a'\]"),
-        ({"a": 1.0}, 0, 1, "batch_size=0"),
-        ({"a": 1.0}, 1, 0, "steps=0"),
+        ({"shares": {"a": 0.5, "z": 0.5}}, r"\['z'\].*\['a'\]"),
+        ({"shares": {"a": 0.0}}, r"shares=\{'a': 0.0\}: expected at least one above 0"),
+        ({"shares": {}}, r"shares=\{\}"),
+        ({"shares": {"a": -1.0}}, "none negative"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"batch_size": 3, "host_count": 2}, "batch_size=3: expected a multiple of the 2 hosts"),
+        ({"host_index": 1}, "host_index=1 of host_count=1"),
+        ({"seed": (0, -1)}, r"seed=\(0, -1\)"),
+        ({"length": 1}, "length=1"),
+        ({"sources": {"a": in_memory([])}}, "no tokens"),
     ],
 )
-def test_mixture_refuses(shares, batch_size, steps, message):
-    sources = {"a": Source(make_documents([9]), 5, seed=0)}
+def test_batches_refuse(changes, message):
+    arguments = {"sources": {"a": in_memory(make_documents([9]))}, "shares": {"a": 1.0}, "batch_size": 1, "length": 4}
     with pytest.raises(ValueError, match=message):
-        Mixture(sources, shares, batch_size, steps)
+        batches(**{**arguments, "seed": 0, **changes})
+    if "batch_size" in changes and "host_count" not in changes:
+        with pytest.raises(ValueError, match=message):
+            held_out(arguments["sources"]["a"], length=4, **changes)

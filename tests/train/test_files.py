@@ -1,6 +1,6 @@
 import pytest
 
-from zamba2_jax.train.files import write_atomically
+from zamba2_jax.train.files import write_atomically, write_directory_atomically
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path):
@@ -17,3 +17,23 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
     write_atomically(path, lambda temporary: temporary.write_text("new"))
     assert path.read_text() == "new"
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_directory_is_written_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "out"
+    write_directory_atomically(path, lambda temporary: (temporary / "a").write_text("x"))
+    assert [entry.name for entry in path.iterdir()] == ["a"]
+    with pytest.raises(FileExistsError, match="is there already"):
+        write_directory_atomically(path, lambda temporary: None)
+    assert (path / "a").read_text() == "x"
+
+    def fail(temporary):
+        (temporary / "a").touch()
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_directory_atomically(tmp_path / "other", fail)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["new"]
+    (tmp_path / ".other.partial").mkdir()
+    with pytest.raises(FileExistsError, match=r"another process is writing .*other, or was killed; if so, delete it"):
+        write_directory_atomically(tmp_path / "other", lambda temporary: None)

@@ -1,3 +1,5 @@
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +8,8 @@ import pytest
 from tests.helpers import random_model
 from tests.train.conftest import CONFIG
 from zamba2_jax.checkpoint.store import restore_state, save_state
-from zamba2_jax.train.data import batches, pack
+from zamba2_jax.train.data import held_out
+from zamba2_jax.train.documents import in_memory
 from zamba2_jax.train.loop import make_stages, train
 from zamba2_jax.train.metrics import EvalRecord, TrainRecord
 from zamba2_jax.train.optimizer import AdamW
@@ -23,20 +26,20 @@ OPTIMIZER = AdamW().transformation()
 @pytest.fixture(scope="module")
 def stages():
     random = np.random.default_rng(0)
-    documents = {name: [random.integers(3, 32, size, dtype=np.int32) for size in (30, 9, 17)] for name in "ab"}
-    return make_stages(PHASES, documents, batch_size=2, length=12, seed=0)
+    sources = {name: in_memory(random.integers(3, 32, size, dtype=np.int32) for size in (30, 9, 17)) for name in "ab"}
+    return make_stages(PHASES, sources, batch_size=2, length=12, seed=0)
 
 
 @pytest.fixture(scope="module")
 def step(stages):
-    state, batch = init_state(random_model(CONFIG), OPTIMIZER), stages[0].mixture.batch(0)
+    state, batch = init_state(random_model(CONFIG), OPTIMIZER), next(iter(stages[0].batches))
     return compile_train_step(state, batch, optimizer=OPTIMIZER, schedule=learning_rate(PHASES, 1e-3))
 
 
 def run(state, step, stages, **kwargs):
     records = []
-    held_out = {"h": batches(pack([np.arange(3, 30, dtype=np.int32)], 12), 2)}
-    options = {"held_out": held_out, "log_every": 2, "eval_every": 3, "report": records.append, **kwargs}
+    unseen = held_out(in_memory([np.arange(3, 30, dtype=np.int32)]), batch_size=2, length=12)
+    options = {"held_out": {"h": unseen}, "log_every": 2, "eval_every": 3, "report": records.append, **kwargs}
     return train(state, step, stages, **options), records
 
 
@@ -47,9 +50,8 @@ def test_records_cover_every_step(model, stages, step):
     assert evaluations == [("first", 0), ("first", 3), ("first", 5), ("second", 8), ("second", 9)]
     logged = [(r.phase, r.step) for r in records if isinstance(r, TrainRecord)]
     assert logged == [("first", s) for s in (2, 3, 4, 5)] + [("second", s) for s in (7, 8, 9)]
-    expected = sum(
-        (stage.mixture.batch(i).segment_ids != 0).sum() for stage in stages for i in range(stage.phase.steps)
-    )
+    seen = [batch for stage in stages for batch in itertools.islice(stage.batches, stage.phase.steps)]
+    expected = sum((batch.segment_ids != 0).sum() for batch in seen)
     assert sum(r.tokens for r in records if isinstance(r, TrainRecord)) == expected
     rates = {r.step: r.learning_rate for r in records if isinstance(r, TrainRecord)}
     np.testing.assert_allclose([rates[s] for s in (2, 3, 7, 9)], [5e-4, 1e-3, 0.75e-3 * 0.75, 0.75e-3 / 4], rtol=1e-6)

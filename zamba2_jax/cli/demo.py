@@ -23,7 +23,7 @@ from zamba2_jax.generate import Sampling, generate
 from zamba2_jax.model import Zamba2
 from zamba2_jax.train.corpus import TokenizedCorpus, tokenize_embedded_corpus
 from zamba2_jax.train.curves import plot_curves
-from zamba2_jax.train.data import batches, pack
+from zamba2_jax.train.data import held_out
 from zamba2_jax.train.files import write_atomically
 from zamba2_jax.train.loop import make_stages, train
 from zamba2_jax.train.metrics import EvalRecord, JsonLines, Record, TrainRecord, bits_per_byte, tee
@@ -105,13 +105,13 @@ class Demo:
         corpus = tokenize_embedded_corpus(config.vocab_size)
         save_tokenizer(corpus.tokenizer, self.out)
         stages = make_stages(phases, corpus.train, batch_size=self.batch, length=self.seq, seed=self.seed)
-        held_out = batches(pack(corpus.held_out, self.seq), 4 * self.batch)
+        held_out_prose = held_out(corpus.held_out, batch_size=4 * self.batch, length=self.seq)
 
         model = Zamba2(config, rngs=nnx.Rngs(self.seed))
         size = sum(parameter.size for parameter in jax.tree.leaves(model))
         console.print(f"Compiling {self.preset}, {size / 1e6:.1f} M parameters")
         state = init_state(model, optimizer)
-        step = compile_train_step(state, stages[0].mixture.batch(0), optimizer=optimizer, schedule=schedule)
+        step = compile_train_step(state, next(iter(stages[0].batches)), optimizer=optimizer, schedule=schedule)
 
         records: list[Record] = []
         with JsonLines(self.out / "metrics.jsonl") as write, ProgressView(phases, console) as show:
@@ -119,7 +119,7 @@ class Demo:
                 state,
                 step,
                 stages,
-                held_out={"prose": held_out},
+                held_out={"prose": held_out_prose},
                 log_every=5,
                 eval_every=max(1, sum(self.steps) // 8),
                 report=tee(records.append, write, show),
@@ -224,14 +224,13 @@ def summarize(
     records: Sequence[Record], corpus: TokenizedCorpus, directory: Path, console: Console, *, seconds: float
 ) -> None:
     """Prints what came of the run, and writes it to summary.json."""
-    tokens = sum(map(len, corpus.held_out))
     losses = {record.phase: record.loss for record in records if isinstance(record, EvalRecord)}
     train_records = [record for record in records if isinstance(record, TrainRecord)]
     trained, training = (sum(getattr(record, name) for record in train_records) for name in ("tokens", "seconds"))
     table = Table("after", "nats per token", "bits per byte", title="Loss on held-out prose", title_justify="left")
     summary: dict[str, Any] = {"held_out_prose": {}}
     for phase, loss in losses.items():
-        bits = bits_per_byte(loss, tokens, corpus.held_out_size)
+        bits = bits_per_byte(loss, corpus.held_out.tokens, corpus.held_out_size)
         table.add_row(phase, f"{loss:.3f}", f"{bits:.3f}")
         summary["held_out_prose"][phase] = {"nats_per_token": loss, "bits_per_byte": bits}
     summary |= {

@@ -34,6 +34,7 @@ COMMANDS = {
     "parity": Entry(
         "zamba2_jax.cli.parity", "Parity", "Compare this package with PyTorch and both with a float64 oracle."
     ),
+    "tokenize": Entry("zamba2_jax.cli.tokenize", "Tokenize", "Turn texts into token files to train on."),
 }
 
 

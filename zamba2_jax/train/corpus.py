@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from tokenizers import Tokenizer
 
+from zamba2_jax.train.documents import Documents, in_memory
 from zamba2_jax.train.tokenizer import encode_documents, train_tokenizer
 
 # Directories of the standard library that are not its own modules, are tables, or would give the prose away.
@@ -22,6 +22,9 @@ _NOT_CODE = frozenset(
     "test tests idle_test site-packages dist-packages __pycache__ _bundled encodings idlelib lib2to3 turtledemo "
     "pydoc_data".split()
 )
+HELD_OUT_SHARE = 0.1
+"""Of the prose, by bytes."""
+
 _WORD = re.compile(r"[A-Za-z'\u2019]+")
 # Inline markup and what it encloses: "code", *emphasis*, **strong emphasis**.
 _MARKUP = re.compile(r'"([^"]+)"|\*\*(\w[^*]*)\*\*|\*(\w[^*]*)\*')
@@ -134,18 +137,27 @@ class TokenizedCorpus(NamedTuple):
 
     Attributes:
         tokenizer: trained on what is in `train`.
-        train: the tokens of every document, by source: "code" and "prose".
+        train: documents by source: "code" and "prose".
         held_out: documents of prose that are in neither.
         held_out_size: their bytes in UTF-8.
     """
 
     tokenizer: Tokenizer
-    train: dict[str, list[np.ndarray]]
-    held_out: list[np.ndarray]
+    train: dict[str, Documents]
+    held_out: Documents
     held_out_size: int
 
 
-def tokenize_embedded_corpus(vocab_size: int, held_out_share: float = 0.1) -> TokenizedCorpus:
+def training_prose() -> list[Document]:
+    """The prose without what is held out.
+
+    Raises:
+        OSError: as `prose`.
+    """
+    return split_held_out(prose(), HELD_OUT_SHARE)[0]
+
+
+def tokenize_embedded_corpus(vocab_size: int) -> TokenizedCorpus:
     """Reads the embedded corpus, holds prose out, and trains a tokenizer on equal amounts of prose and code.
 
     Raises:
@@ -153,7 +165,7 @@ def tokenize_embedded_corpus(vocab_size: int, held_out_share: float = 0.1) -> To
         ValueError: `vocab_size` has no room for the bytes, or the texts do not fill it.
     """
     code_documents = code()
-    prose_documents, held_out = split_held_out(prose(), held_out_share)
+    prose_documents, held_out = split_held_out(prose(), HELD_OUT_SHARE)
     room = sum(document.size for document in prose_documents)
     sample = [document.text for document in prose_documents]
     for document in code_documents:
@@ -162,8 +174,8 @@ def tokenize_embedded_corpus(vocab_size: int, held_out_share: float = 0.1) -> To
             room -= document.size
     tokenizer = train_tokenizer(sample, vocab_size)
 
-    def encode(documents: Sequence[Document]) -> list[np.ndarray]:
-        return encode_documents(tokenizer, [document.text for document in documents])
+    def encode(documents: Sequence[Document]) -> Documents:
+        return in_memory(encode_documents(tokenizer, [document.text for document in documents]))
 
     return TokenizedCorpus(
         tokenizer=tokenizer,

@@ -1,14 +1,25 @@
-"""From tokenised documents to batches: packing, shuffling, mixing.
+"""From tokenised documents to batches: packing, shuffling, mixing, sharing among hosts.
 
-Everything is a function of seed and step, so a run can start at any step and see the batches it would have seen.
+The stream of rows is a function of seed and index: nothing is drawn on the way. So the state of a stream is one number,
+the next batch, and a host computes its own rows without reading those of the others.
 """
 
-from collections.abc import Mapping, Sequence
+import sys
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+import grain
 import numpy as np
 from flax import struct
 
+from zamba2_jax.train.documents import Documents
 from zamba2_jax.train.tokenizer import PAD
+
+WINDOW = 4096
+"""Documents that are shuffled together: what is computed and looked up for a row, however large its source is."""
+
+READ = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
+"""Threads that read ahead, and batches that they keep ready."""
 
 
 @struct.dataclass
@@ -24,121 +35,170 @@ class Batch:
     segment_ids: np.ndarray
 
 
-def pack(documents: Sequence[np.ndarray], length: int) -> Batch:
-    """Lays documents end to end and cuts them into rows of `length` tokens.
+class PackedRows(grain.MapDataset[Batch]):
+    """Documents laid end to end in random order and cut into rows of `length` tokens.
 
-    Every token lands in exactly one row, in order. A document that meets the end of a row goes on in the next one, as
-    a document of its own there. The last row is padded. The number of rows does not depend on the order.
+    Every token lands in exactly one row of an epoch. A document that meets the end of a row goes on in the next one, as
+    a document of its own there. The last row of an epoch is padded. Index `e * len(rows) + i` is row i of epoch e, and
+    every epoch has an order of its own.
 
-    Raises:
-        ValueError: there are no tokens, or `length` is below 2, which leaves nothing to predict.
-    """
-    if length < 2:
-        raise ValueError(f"sequence length={length}: expected at least 2")
-    sizes = [len(document) for document in documents]
-    if not sum(sizes):
-        raise ValueError("no tokens to pack: expected at least one document that is not empty")
-    rows = -(-sum(sizes) // length)
-    tokens = np.full(rows * length, PAD, np.int32)
-    tokens[: sum(sizes)] = np.concatenate(documents)
-    document = np.zeros(rows * length, np.int32)
-    document[: sum(sizes)] = np.repeat(np.arange(1, len(sizes) + 1), sizes)
-    by_row = document.reshape(rows, length)
-    starts = np.diff(by_row, axis=1, prepend=-1) != 0
-    segment_ids = np.where(by_row != 0, np.cumsum(starts, axis=1), 0).astype(np.int32)
-    return Batch(tokens=tokens.reshape(rows, length), segment_ids=segment_ids)
-
-
-def batches(rows: Batch, batch_size: int) -> list[Batch]:
-    """Cuts rows into batches of `batch_size`; the last one is filled up with empty rows."""
-
-    def cut(array: np.ndarray) -> np.ndarray:
-        filled = np.pad(array, ((0, -len(array) % batch_size), (0, 0)))
-        return filled.reshape(-1, batch_size, array.shape[1])
-
-    return [Batch(*pair) for pair in zip(cut(rows.tokens), cut(rows.segment_ids), strict=True)]
-
-
-class Source:
-    """An endless stream of rows from one set of documents, anew in random order in every epoch.
-
-    Attributes:
-        rows_per_epoch: rows that hold every token once.
+    The order: documents change places within windows of `WINDOW` neighbours. To find a row takes the lengths of the
+    documents in its window and no others, so that a source of any size is opened, and read anywhere, at once.
     """
 
-    def __init__(self, documents: Sequence[np.ndarray], length: int, *, seed: int | Sequence[int]):
-        """Rows of `length` tokens; `seed` fixes their order.
+    def __init__(self, documents: Documents, length: int, *, seed: int | None):
+        """Rows in an order fixed by `seed`, in [0, 2^32); in the documents' own order if it is None.
 
         Raises:
-            ValueError: as `pack`.
+            ValueError: there are no tokens, or `length` is below 2, which leaves nothing to predict.
         """
-        self._documents, self._length = list(documents), length
-        self._seed = np.atleast_1d(seed).tolist()
-        self._epoch, self._rows = 0, self._shuffle(0)
-        self.rows_per_epoch = len(self._rows.tokens)
+        super().__init__()
+        if length < 2:
+            raise ValueError(f"sequence length={length}: expected at least 2")
+        if not documents.tokens:
+            raise ValueError("no tokens to pack: expected at least one document that is not empty")
+        self._documents, self._length, self._seed = documents, length, seed
+        self._windows = np.array(documents.offsets[:-1:WINDOW])
+        self._rows = -(-documents.tokens // length)
 
-    def rows(self, indices: np.ndarray) -> Batch:
-        """The rows with these indices, from 0, in ascending order."""
-        epochs, places = np.divmod(indices, self.rows_per_epoch)
-        parts = [(self._in_epoch(int(epoch)), places[epochs == epoch]) for epoch in np.unique(epochs)]
-        return Batch(
-            tokens=np.concatenate([rows.tokens[place] for rows, place in parts]),
-            segment_ids=np.concatenate([rows.segment_ids[place] for rows, place in parts]),
-        )
-
-    def _in_epoch(self, epoch: int) -> Batch:
-        if epoch != self._epoch:
-            self._epoch, self._rows = epoch, self._shuffle(epoch)
+    def __len__(self) -> int:
+        """Rows of an epoch."""
         return self._rows
 
-    def _shuffle(self, epoch: int) -> Batch:
-        """Documents in random order, packed, and then the rows in random order."""
-        random = np.random.default_rng([*self._seed, epoch])
-        packed = pack([self._documents[i] for i in random.permutation(len(self._documents))], self._length)
-        order = random.permutation(len(packed.tokens))
-        return Batch(tokens=packed.tokens[order], segment_ids=packed.segment_ids[order])
+    def __getitem__(self, index):
+        """A row, tokens and segment_ids int32 [t]; or a slice of the rows."""
+        if isinstance(index, slice):
+            return self.slice(index)
+        epoch, row = divmod(index, self._rows)
+        tokens, segment_ids = np.full(self._length, PAD, np.int32), np.zeros(self._length, np.int32)
+        filled = 0
+        for number, (start, stop) in enumerate(self._pieces(epoch, row * self._length), 1):
+            piece = slice(filled, filled + stop - start)
+            tokens[piece], segment_ids[piece] = self._documents.read(start, stop), number
+            filled = piece.stop
+        return Batch(tokens=tokens, segment_ids=segment_ids)
+
+    def _pieces(self, epoch: int, place: int) -> Iterator[tuple[int, int]]:
+        """Where the documents of the row that begins at `place` are to be read, from `start` to `stop` each."""
+        end = min(place + self._length, self._documents.tokens)
+        while place < end:
+            window = int(np.searchsorted(self._windows, place, side="right")) - 1
+            starts, sizes = self._shuffled(epoch, window)
+            ends = self._windows[window] + np.cumsum(sizes)
+            first, last = np.searchsorted(ends, (place, end), side="right")
+            documents = (array[first : last + 1].tolist() for array in (starts - ends + sizes, ends))
+            for shift, document_end in zip(*documents, strict=True):
+                stop = min(document_end, end)
+                if place < stop:
+                    yield shift + place, shift + stop
+                    place = stop
+
+    def _shuffled(self, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray]:
+        """Where the documents of a window begin, and their sizes, in the order of the epoch."""
+        offsets = np.asarray(self._documents.offsets[window * WINDOW : (window + 1) * WINDOW + 1])
+        starts, sizes = offsets[:-1], np.diff(offsets)
+        if self._seed is None:
+            return starts, sizes
+        order = np.random.default_rng((self._seed, epoch, window)).permutation(len(starts))
+        return starts[order], sizes[order]
 
 
-class Mixture:
-    """Batches whose rows come from several sources in fixed shares.
+class Shares(grain.transforms.DatasetSelectionMap):
+    """Deals the rows of a mixture to its sources in fixed shares, each source's own rows in their order.
 
-    Rows are dealt to the source that is furthest behind its share, so after any number of rows each source has given
-    its share of them to within one row.
+    Of the first n rows of the mixture the first source gives its share, rounded; those left over are dealt to the other
+    sources the same way.
     """
 
-    def __init__(self, sources: Mapping[str, Source], shares: Mapping[str, float], batch_size: int, steps: int):
-        """`steps` batches of `batch_size` rows; `shares` are none negative and sum to 1, as `Phase` checks.
+    def __init__(self, shares: Sequence[float]):
+        self._shares = [round(share * 2**32) for share in shares]
 
-        Raises:
-            ValueError: a share names no source, or a size is below 1.
-        """
-        missing = sorted(set(shares) - set(sources))
-        if missing:
-            raise ValueError(f"the mixture names {missing}: expected sources among {sorted(sources)}")
-        for name, value in (("batch_size", batch_size), ("steps", steps)):
-            if value < 1:
-                raise ValueError(f"{name}={value}: expected an integer >= 1")
-        self._sources = [sources[name] for name in shares]
-        self._batch_size = batch_size
-        self._source_of, self._index = _deal(np.array(list(shares.values())), steps * batch_size)
+    def __len__(self) -> int:
+        return sys.maxsize
 
-    def batch(self, step: int) -> Batch:
-        """The batch of a step, counted from 0; rows of one source stand together."""
-        rows = slice(step * self._batch_size, (step + 1) * self._batch_size)
-        source_of, index = self._source_of[rows], self._index[rows]
-        parts = [self._sources[i].rows(index[source_of == i]) for i in np.unique(source_of)]
-        return Batch(
-            tokens=np.concatenate([part.tokens for part in parts]),
-            segment_ids=np.concatenate([part.segment_ids for part in parts]),
-        )
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        """The source that gives a row, and how many it has given before."""
+        before, after, whole = index, index + 1, sum(self._shares)
+        for source, share in enumerate(self._shares):
+            given, given_after = ((2 * rows * share + whole) // (2 * whole) for rows in (before, after))
+            if given < given_after:
+                return source, given
+            before, after, whole = before - given, after - given_after, whole - share
+        raise AssertionError("the last source takes what is left")
 
 
-def _deal(shares: np.ndarray, rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """For each row the source it comes from, and how many rows that source gave before."""
-    given = np.zeros(len(shares), np.int64)
-    source_of, index = np.empty(rows, np.int64), np.empty(rows, np.int64)
-    for row in range(rows):
-        source = int(np.argmax(shares * (row + 1) - given))
-        source_of[row], index[row] = source, given[source]
-        given[source] += 1
-    return source_of, index
+def batches(
+    sources: Mapping[str, Documents],
+    shares: Mapping[str, float],
+    *,
+    batch_size: int,
+    length: int,
+    seed: int | Sequence[int],
+    host_index: int = 0,
+    host_count: int = 1,
+) -> grain.IterDataset[Batch]:
+    """An endless stream of batches whose rows come from several sources in fixed shares.
+
+    A source that is used up begins a new epoch, in a new order. The order of a source depends on the seed and its name,
+    not on what it is mixed with. Hosts take turns with whole batches of `batch_size / host_count` rows: step for step
+    their batches, one after the other, are the batch that a single host would see.
+
+    An iterator over the stream has `get_state()`, which is a dict for JSON, and `set_state(state)`, after which it
+    gives the same batches, bit for bit, on any number of hosts.
+
+    Args:
+        sources: documents by name.
+        shares: of the rows, how much each source gives; relative to their sum.
+        batch_size: rows of a step on all hosts together.
+        length: tokens of a row.
+        seed: none negative; fixes the order.
+        host_index, host_count: which host this is, of how many.
+
+    Raises:
+        ValueError: a share is negative or names no source, all are 0, hosts do not divide the batch, a seed is
+            negative, or as `PackedRows`.
+    """
+    missing = sorted(set(shares) - set(sources))
+    if missing:
+        raise ValueError(f"the mixture names {missing}: expected sources among {sorted(sources)}")
+    if min(shares.values(), default=0) < 0 or not sum(shares.values()):
+        raise ValueError(f"shares={dict(shares)}: expected at least one above 0, none negative")
+    if host_count < 1 or not 0 <= host_index < host_count:
+        raise ValueError(f"host_index={host_index} of host_count={host_count}: expected an index below the count")
+    if batch_size < 1 or batch_size % host_count:
+        raise ValueError(f"batch_size={batch_size}: expected a multiple of the {host_count} hosts, at least 1")
+    seeds = [int(value) for value in np.atleast_1d(seed)]
+    if min(seeds) < 0:
+        raise ValueError(f"seed={seed}: expected no negative number")
+    taken = {name: share for name, share in shares.items() if share}
+    rows = grain.MapDataset.select_from_datasets(
+        [_shuffled_rows(sources[name], length, [*seeds, zlib.crc32(name.encode())]) for name in taken],
+        Shares(list(taken.values())),
+    )
+    by_host = rows.batch(batch_size // host_count, drop_remainder=True, batch_fn=_stack)
+    return by_host[host_index::host_count].to_iter_dataset(READ)
+
+
+def held_out(documents: Documents, *, batch_size: int, length: int) -> list[Batch]:
+    """All documents once and in order, to evaluate on; the last batch is filled up with empty rows.
+
+    Raises:
+        ValueError: `batch_size` is below 1, or as `PackedRows`.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: expected at least 1")
+    packed = PackedRows(documents, length, seed=None)
+    empty = Batch(tokens=np.full(length, PAD, np.int32), segment_ids=np.zeros(length, np.int32))
+    rows = [packed[row] for row in range(len(packed))] + [empty] * (-len(packed) % batch_size)
+    return [_stack(rows[first : first + batch_size]) for first in range(0, len(rows), batch_size)]
+
+
+def _shuffled_rows(documents: Documents, length: int, entropy: Sequence[int]) -> grain.MapDataset[Batch]:
+    """Rows of shuffled documents, themselves shuffled, epoch after epoch."""
+    of_documents, of_rows = (int(state) for state in np.random.SeedSequence(entropy).generate_state(2))
+    return PackedRows(documents, length, seed=of_documents).shuffle(of_rows).repeat()
+
+
+def _stack(rows: Iterable[Batch]) -> Batch:
+    tokens, segment_ids = zip(*((row.tokens, row.segment_ids) for row in rows), strict=True)
+    return Batch(tokens=np.stack(tokens), segment_ids=np.stack(segment_ids))

@@ -1,7 +1,11 @@
-"""Files that are never half-written."""
+"""Files and directories that are never half-written."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -15,3 +19,30 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_directory_atomically(path: Path, write: Callable[[Path], T]) -> T:
+    """Has `write` fill a temporary directory beside `path`, renames it to `path`, and returns what `write` returned.
+
+    Nothing is left of it on failure, unless the process is killed.
+
+    Raises:
+        FileExistsError: `path` is there and not an empty directory, or another process is writing it, or was killed
+            while it was.
+    """
+    path = path.resolve()
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise FileExistsError(f"{path} is there already: expected a new or an empty directory")
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        temporary.mkdir(parents=True)
+    except FileExistsError:
+        raise FileExistsError(
+            f"{temporary} is there: another process is writing {path}, or was killed; if so, delete it"
+        ) from None
+    try:
+        result = write(temporary)
+        temporary.rename(path)
+        return result
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,14 +1,17 @@
 """The training loop: all the input and output around the pure step."""
 
+import contextlib
+import itertools
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+import grain
 import jax
-import numpy as np
 
-from zamba2_jax.train.data import Batch, Mixture, Source
+from zamba2_jax.train.data import Batch, batches
+from zamba2_jax.train.documents import Documents
 from zamba2_jax.train.metrics import EvalRecord, Report, TrainRecord
 from zamba2_jax.train.schedule import Phase
 from zamba2_jax.train.step import StepMetrics, TrainState, TrainStep, evaluate
@@ -19,37 +22,32 @@ class Stage(NamedTuple):
 
     Attributes:
         phase: the plan.
-        mixture: gives at least `phase.steps` batches.
+        batches: of which it takes the first `phase.steps`.
     """
 
     phase: Phase
-    mixture: Mixture
+    batches: grain.IterDataset[Batch]
 
 
 def make_stages(
     phases: Sequence[Phase],
-    documents: Mapping[str, Sequence[np.ndarray]],
+    sources: Mapping[str, Documents],
     *,
     batch_size: int,
     length: int,
     seed: int,
 ) -> list[Stage]:
-    """The phases with batches of `batch_size` rows of `length` tokens, from the tokens of each source's documents.
+    """The phases with batches of `batch_size` rows of `length` tokens from the sources' documents.
 
     Every phase shuffles its sources anew.
 
     Raises:
-        ValueError: as `pack`, `Mixture`.
+        ValueError: as `batches`.
     """
-    stages = []
-    for i, phase in enumerate(phases):
-        sources = {
-            name: Source(documents[name], length, seed=(seed, i, j))
-            for j, name in enumerate(phase.shares)
-            if name in documents
-        }
-        stages.append(Stage(phase, Mixture(sources, phase.shares, batch_size, phase.steps)))
-    return stages
+    return [
+        Stage(phase, batches(sources, phase.shares, batch_size=batch_size, length=length, seed=(seed, number)))
+        for number, phase in enumerate(phases)
+    ]
 
 
 def train(
@@ -85,13 +83,13 @@ def train(
     taken, first = int(state.step), 0
     if not taken:
         _evaluate(state, stages[0].phase, 0, held_out, report)
-    for phase, mixture in stages:
+    for phase, stream in stages:
         stretch: list[StepMetrics] = []
         begin = time.perf_counter()
-        for number in range(max(taken - first, 0), phase.steps):
-            state, metrics = step(state, mixture.batch(number))
+        done_before = max(taken - first, 0)
+        for done, batch in enumerate(_between(stream, done_before, phase.steps), done_before + 1):
+            state, metrics = step(state, batch)
             stretch.append(metrics)
-            done = number + 1
             due = done % eval_every == 0 or done == phase.steps
             if due or done % log_every == 0:
                 report(_summarize(phase, first + done, jax.device_get(stretch), begin))
@@ -102,11 +100,19 @@ def train(
     return state
 
 
+def _between(stream: grain.IterDataset[Batch], first: int, stop: int) -> Iterator[Batch]:
+    """The batches with numbers from `first` up to `stop`, exclusive."""
+    iterator = iter(stream)
+    grain.experimental.set_next_index(iterator, first)
+    with contextlib.closing(iterator):
+        yield from itertools.islice(iterator, max(stop - first, 0))
+
+
 def _evaluate(
     state: TrainState, phase: Phase, step: int, held_out: Mapping[str, Sequence[Batch]], report: Report
 ) -> None:
-    for name, batches in held_out.items():
-        report(EvalRecord(phase=phase.name, step=step, held_out=name, loss=evaluate(state.model, batches)))
+    for name, rows in held_out.items():
+        report(EvalRecord(phase=phase.name, step=step, held_out=name, loss=evaluate(state.model, rows)))
 
 
 def _summarize(phase: Phase, step: int, stretch: Sequence[StepMetrics], begin: float) -> TrainRecord:

@@ -50,8 +50,37 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 def encode_documents(tokenizer: Tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
     """The tokens of each text between BOS and EOS, int32."""
-    encodings = tokenizer.encode_batch(list(texts), add_special_tokens=False)
+    encodings = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
     return [np.array([BOS, *encoding.ids, EOS], np.int32) for encoding in encodings]
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a tokenizer.json, or of the directory it is in, as `parse_tokenizer` makes it.
+
+    Raises:
+        ValueError: it is no tokenizer, or the ids of BOS and EOS are not special tokens in it.
+        OSError: there is none.
+    """
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file, expected a tokenizer.json or a directory that holds one")
+    try:
+        tokenizer = parse_tokenizer(file.read_text(encoding="utf-8"))
+    except Exception as error:  # the library raises nothing more precise
+        raise ValueError(f"{file} is no tokenizer.json: {error}") from error
+    special = {id_: token.content for id_, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    if not {BOS, EOS} <= set(special):
+        raise ValueError(f"{file}: its special tokens are {special}: expected {BOS} and {EOS} to begin and end a text")
+    return tokenizer
+
+
+def parse_tokenizer(text: str) -> Tokenizer:
+    """A tokenizer from its JSON that takes a text as it is: not cut, not padded, names of special tokens as text."""
+    tokenizer = Tokenizer.from_str(text)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
 
 
 def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:

@@ -1,0 +1,265 @@
+"""Where documents come from: text, JSON lines, parquet, token files and the embedded corpus."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from zamba2_jax.train.corpus import code, training_prose
+from zamba2_jax.train.documents import Documents, in_memory
+from zamba2_jax.train.token_files import open_token_files
+from zamba2_jax.train.tokenizer import encode_documents
+
+Kind = Literal["text", "jsonl", "parquet", "tokens", "prose", "code"]
+
+SUFFIXES = {".txt": "text", ".md": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
+"""How a file of texts is told from its name."""
+
+EMBEDDED = {"prose": training_prose, "code": code}
+
+MAX_IN_MEMORY = 256 * 2**20
+"""Bytes of files that are tokenised when they are opened; more take `zamba2 tokenize`."""
+
+ROWS_PER_READ = 256
+"""Of a parquet file."""
+
+CHUNK = 2**20
+"""Characters that are tokenised together."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """A set of documents to train on.
+
+    Attributes:
+        kind: "text": each file, in UTF-8, is a document. "jsonl": each line is an object with a text. "parquet": each
+            row has a text. "tokens": what `zamba2 tokenize` wrote. "prose", "code": the embedded corpus, of the prose
+            what `corpus.tokenize_embedded_corpus` does not hold out.
+        path: a file, or a directory of which all files of the kind are read, by their `SUFFIXES`, sorted by name; for
+            "tokens" the directory; None for the embedded corpus.
+        field: that holds the text, in "jsonl" and "parquet".
+
+    Raises:
+        ValueError: the kind is unknown, or has no path, or takes none.
+    """
+
+    kind: Kind
+    path: str | None = None
+    field: str = "text"
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"source kind={self.kind!r}: expected one of {', '.join(get_args(Kind))}")
+        if (self.path is None) != (self.kind in EMBEDDED):
+            raise ValueError(
+                f"source kind={self.kind!r} with path={self.path!r}: expected "
+                f"{'none' if self.kind in EMBEDDED else 'a file or a directory'}"
+            )
+
+
+class Text(NamedTuple):
+    """One text of a source.
+
+    Attributes:
+        text: the document; never empty.
+        place: where it stands, for messages.
+        size: the bytes of its file that it stands for; those of all texts of a file sum to the file's.
+    """
+
+    text: str
+    place: str
+    size: int
+
+
+Progress = Callable[[int], object]
+"""Is told the bytes that were done since it was last told."""
+
+
+def open_documents(
+    config: SourceConfig, tokenizer: Tokenizer | None, *, vocab_size: int, progress: Progress | None = None
+) -> Documents:
+    """The tokens of a source, each document between BOS and EOS; everything that can be wrong with it is found here.
+
+    Texts are tokenised now and kept in memory; token files are read when they are used.
+
+    Args:
+        config: the source.
+        tokenizer: for texts; with token files it is compared with the one that made them, unless it is None.
+        vocab_size: of the model.
+        progress: is told of the bytes of text as they are tokenised.
+
+    Raises:
+        ValueError: a file is empty or not what it should be, or a token is outside the vocabulary; the message names
+            file and line, row or record. Or there is more text than `MAX_IN_MEMORY`.
+        OSError: a file cannot be read.
+    """
+    if config.kind == "tokens":
+        return open_token_files(Path(str(config.path)), tokenizer, vocab_size=vocab_size)
+    if tokenizer is None:
+        raise ValueError(f"a source of kind {config.kind!r} takes a tokenizer")
+    size = size_of(config)
+    if size > MAX_IN_MEMORY:
+        raise ValueError(
+            f"{config.path}: {size / 2**20:.0f} MB of text, expected at most {MAX_IN_MEMORY / 2**20:.0f} to tokenize "
+            "in memory: write token files with `zamba2 tokenize` and give their directory as a source of kind 'tokens'"
+        )
+    documents: list[np.ndarray] = []
+    for texts in chunks(read_texts(config)):
+        tokens = encode_documents(tokenizer, [text.text for text in texts])
+        for text, document in zip(texts, tokens, strict=True):
+            if document.max() >= vocab_size:
+                raise ValueError(
+                    f"{text.place}: token id {document.max()} is outside the vocabulary of {vocab_size} tokens"
+                )
+        documents += tokens
+        if progress is not None:
+            progress(sum(text.size for text in texts))
+    return in_memory(documents)
+
+
+def sources_at(path: Path, field: str = "text") -> list[SourceConfig]:
+    """The sources of texts in a file or a directory, their kinds told by the `SUFFIXES`.
+
+    Raises:
+        ValueError: there are none.
+        OSError: there is no such file or directory.
+    """
+    kinds: Sequence[Kind] = ("text", "jsonl", "parquet")
+    if path.is_dir():
+        found = [kind for kind in kinds if any(_files_in(path, kind))]
+    else:
+        _require(path)
+        found = [kind for kind in kinds if SUFFIXES.get(path.suffix.lower()) == kind]
+    if not found:
+        raise ValueError(
+            f"{path}: no texts there, expected files named {', '.join(f'*{suffix}' for suffix in SUFFIXES)}"
+        )
+    return [SourceConfig(kind=kind, path=str(path), field=field) for kind in found]
+
+
+def size_of(config: SourceConfig) -> int:
+    """Bytes of the files of a source of texts; 0 if it is embedded.
+
+    Raises:
+        ValueError, OSError: as `read_texts`, where that takes no reading.
+    """
+    return 0 if config.path is None else sum(path.stat().st_size for path in _files(config))
+
+
+def read_texts(config: SourceConfig) -> Iterator[Text]:
+    """The texts of a source that is not tokenised, in a fixed order; those that are empty are left out.
+
+    Raises:
+        ValueError: a file is not what it should be, or holds no text; the message names file and line or row.
+        OSError: a file cannot be read.
+    """
+    if config.path is None:
+        for document in EMBEDDED[config.kind]():
+            yield Text(document.text, f"{config.kind}, {document.name}", document.size)
+        return
+    for path in _files(config):
+        texts = {"text": _read_text, "jsonl": _read_jsonl, "parquet": _read_parquet}[config.kind](path, config.field)
+        empty = True
+        for text in texts:
+            if text.text:
+                empty = False
+                yield text
+        if empty:
+            raise ValueError(f"{path}: no text in it, expected at least one document")
+
+
+def chunks(texts: Iterable[Text]) -> Iterator[list[Text]]:
+    """Texts in lists of about `CHUNK` characters."""
+    chunk: list[Text] = []
+    room = CHUNK
+    for text in texts:
+        chunk.append(text)
+        room -= len(text.text)
+        if room <= 0:
+            yield chunk
+            chunk, room = [], CHUNK
+    if chunk:
+        yield chunk
+
+
+def _files(config: SourceConfig) -> list[Path]:
+    """The files of a source, of which there is at least one."""
+    path = Path(str(config.path))
+    if not path.is_dir():
+        _require(path)
+        return [path]
+    files = sorted(_files_in(path, config.kind))
+    if not files:
+        expected = ", ".join(f"*{suffix}" for suffix, kind in SUFFIXES.items() if kind == config.kind)
+        raise ValueError(f"{path}: no {config.kind} in it, expected files named {expected}")
+    return files
+
+
+def _files_in(directory: Path, kind: str) -> Iterator[Path]:
+    return (path for path in directory.rglob("*") if SUFFIXES.get(path.suffix.lower()) == kind and path.is_file())
+
+
+def _require(path: Path) -> None:
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or directory")
+
+
+def _read_text(path: Path, field: str) -> Iterator[Text]:
+    content = path.read_bytes()
+    yield Text(_decode(content, str(path)), str(path), len(content))
+
+
+def _read_jsonl(path: Path, field: str) -> Iterator[Text]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            place = f"{path}, line {number}"
+            if not line.strip():
+                yield Text("", place, len(line))
+                continue
+            try:
+                value = json.loads(_decode(line, place))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{place}: not JSON: {error}") from error
+            if not isinstance(value, dict) or not isinstance(value.get(field), str):
+                raise ValueError(f"{place}: expected an object with a text named {field!r}, not {_shorten(value)}")
+            yield Text(value[field], place, len(line))
+
+
+def _read_parquet(path: Path, field: str) -> Iterator[Text]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError as error:
+        raise ValueError(f"{path}: reading parquet takes pyarrow: pip install 'zamba2-jax[parquet]'") from error
+    try:
+        file = parquet.ParquetFile(path)
+        names, rows, size = file.schema_arrow.names, file.metadata.num_rows, path.stat().st_size
+        if field not in names:
+            raise ValueError(f"{path}: no column {field!r}, expected one of its columns, which are {', '.join(names)}")
+        row = 0
+        for batch in file.iter_batches(ROWS_PER_READ, columns=[field]):
+            for value in batch.column(0).to_pylist():
+                if not isinstance(value, str):
+                    raise ValueError(f"{path}, row {row}: expected a text named {field!r}, not {_shorten(value)}")
+                yield Text(value, f"{path}, row {row}", (row + 1) * size // rows - row * size // rows)
+                row += 1
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
+        raise ValueError(f"{path}: not a parquet file that can be read: {error}") from error
+
+
+def _decode(content: bytes, place: str) -> str:
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        where = f", line {line}" if line > 1 else ""
+        raise ValueError(f"{place}{where}: not UTF-8: byte 0x{content[error.start]:02x} at {error.start}") from error
+
+
+def _shorten(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}..."

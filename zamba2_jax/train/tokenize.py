@@ -1,0 +1,102 @@
+"""From texts to token files, in parallel."""
+
+import collections
+import os
+import signal
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from itertools import chain, islice
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from zamba2_jax.train.files import write_directory_atomically
+from zamba2_jax.train.sources import Progress, SourceConfig, Text, chunks, read_texts
+from zamba2_jax.train.token_files import Manifest, write_token_files
+from zamba2_jax.train.tokenizer import encode_documents, parse_tokenizer
+
+AHEAD = 4
+"""Chunks of text in flight per process, which bounds memory."""
+
+_tokenizer: Tokenizer | None = None
+"""Of a worker process; set by `_start`."""
+
+
+def tokenize(
+    sources: Sequence[SourceConfig],
+    output: Path,
+    tokenizer: Tokenizer,
+    *,
+    processes: int,
+    shard_tokens: int,
+    progress: Progress,
+) -> Manifest:
+    """Writes the tokens of all texts to a new directory, complete or not at all.
+
+    Documents keep their order, so that the files do not depend on `processes`. These are spawned: a script that calls
+    this needs its `if __name__ == "__main__":`.
+
+    Args:
+        sources: of texts.
+        output: directory to write.
+        tokenizer: to tokenise with.
+        processes: that tokenise; reading and writing take one more.
+        shard_tokens: as in `write_token_files`.
+        progress: is told of the bytes of text as they are written.
+
+    Raises:
+        ValueError: a number is below 1, or as `read_texts`.
+        OSError: `output` is in use, or a file cannot be read or written.
+    """
+    for name, value in (("processes", processes), ("shard_tokens", shard_tokens)):
+        if value < 1:
+            raise ValueError(f"{name}={value}: expected an integer >= 1")
+    texts = chunks(chain.from_iterable(map(read_texts, sources)))
+
+    def write(directory: Path) -> Manifest:
+        executor = ProcessPoolExecutor(processes, get_context("spawn"), _start, (tokenizer.to_str(),))
+        try:
+            documents = _encoded(executor, texts, AHEAD * processes, progress)
+            return write_token_files(directory, documents, tokenizer, shard_tokens=shard_tokens)
+        finally:
+            executor.shutdown(cancel_futures=True)
+
+    return write_directory_atomically(output, write)
+
+
+def _encoded(
+    executor: ProcessPoolExecutor, texts: Iterator[list[Text]], ahead: int, progress: Progress
+) -> Iterator[np.ndarray]:
+    """The tokens of every text in order, of which a bounded number is in flight."""
+    waiting: collections.deque[tuple[Future[list[np.ndarray]], int]] = collections.deque()
+
+    def submit(more: Iterable[list[Text]]) -> None:
+        for chunk in more:
+            future = executor.submit(_encode, [text.text for text in chunk])
+            waiting.append((future, sum(text.size for text in chunk)))
+
+    submit(islice(texts, ahead))
+    while waiting:
+        future, size = waiting.popleft()
+        yield from future.result()
+        progress(size)
+        submit(islice(texts, 1))
+
+
+def _start(tokenizer: str) -> None:
+    """Prepares a worker.
+
+    The processes are the parallelism: the tokenizer's own threads would be in their way. An interrupt from the terminal
+    reaches every process; the one that writes ends the others.
+    """
+    global _tokenizer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _tokenizer = parse_tokenizer(tokenizer)
+
+
+def _encode(texts: Sequence[str]) -> list[np.ndarray]:
+    assert _tokenizer is not None
+    return encode_documents(_tokenizer, texts)
