@@ -80,8 +80,8 @@ def test_a_stream_gives_every_token_as_it_comes(model):
 @pytest.mark.parametrize(
     ("prompts", "options", "message"),
     [
-        ([], {}, "prompts=[]: expected at least one, in a list"),
-        ("text", {}, "prompts='text': expected at least one, in a list"),
+        ([], {}, "prompts is empty: expected at least one"),
+        ("text", {}, "prompts='text': expected a list of them"),
         (["text"], {}, "prompts are strings: expected a tokenizer"),
         (["A", [1]], {"tokenizer": Letters()}, "prompts are strings and token ids: expected one of the two"),
         ([""], {"tokenizer": Letters()}, "prompt 0 is empty"),

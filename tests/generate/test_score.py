@@ -38,8 +38,8 @@ def test_logits_are_never_whole():
 @pytest.mark.parametrize(
     ("rows", "options", "message"),
     [
-        ([[1], []], {}, "row 1 is empty, expected at least one token"),
-        ([[1, 32]], {}, "row 0 holds token 32, expected ids in [0, 32)"),
+        ([[1], []], {}, "text 1 is empty, expected at least one token"),
+        ([[1, 32]], {}, "text 0 holds token 32, expected ids in [0, 32)"),
         ([[1]], {"batch": 0}, "batch=0, chunk=256: expected integers, at least 1"),
         ([[1]], {"chunk": 1.5}, "batch=8, chunk=1.5: expected integers, at least 1"),
     ],
