@@ -1,7 +1,7 @@
 """Tokens to text, piece by piece, up to a stop string."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -12,6 +12,7 @@ UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """What decoders write for part of a character."""
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What is asked of a tokenizer: `tokenizers.Tokenizer` and those of `transformers` and sentencepiece have it."""
 

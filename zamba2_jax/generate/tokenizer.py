@@ -1,7 +1,8 @@
 """The tokenizer of a checkpoint, whatever file it comes in, and its chat template.
 
 All forms become a `tokenizers.Tokenizer`, so that special tokens inside a text, added tokens and decoding work alike.
-What a text becomes is what `transformers.AutoTokenizer` makes of the same directory.
+What a text becomes is what `transformers.AutoTokenizer` makes of the same directory, but for one thing: transformers 5
+joins runs of spaces too early where there is only a sentencepiece model; here they are as in sentencepiece.
 """
 
 import dataclasses
@@ -129,7 +130,7 @@ def stop_tokens(directory: Path, config: Zamba2Config, tokenizer: CheckpointToke
 
 def _settings(directory: Path) -> dict[str, Any]:
     """tokenizer_config.json, over special_tokens_map.json."""
-    settings = _load_json(directory / "tokenizer_config.json") or {"add_bos_token": True}
+    settings = _load_json(directory / "tokenizer_config.json") or {"add_bos_token": True, "legacy": True}
     return _load_json(directory / "special_tokens_map.json") | settings
 
 
@@ -188,7 +189,11 @@ def _read_sentencepiece(path: Path, settings: dict[str, Any]) -> Tokenizer:
         vocab = {piece.piece: i for i, piece in enumerate(proto.pieces)}
         unknown = proto.pieces[trainer.unk_id].piece
         model: BPE | Unigram = BPE(
-            vocab, _merges(vocab), unk_token=unknown, fuse_unk=True, byte_fallback=trainer.byte_fallback
+            vocab,
+            _merges({piece.piece: piece.score for piece in proto.pieces}),
+            unk_token=unknown,
+            fuse_unk=True,
+            byte_fallback=trainer.byte_fallback,
         )
     elif trainer.model_type == _UNIGRAM:
         scores = [(piece.piece, piece.score) for piece in proto.pieces]
@@ -204,10 +209,14 @@ def _read_sentencepiece(path: Path, settings: dict[str, Any]) -> Tokenizer:
     return tokenizer
 
 
-def _merges(vocab: Mapping[str, int]) -> list[tuple[str, str]]:
-    """All ways to make a piece of two others, in the order of the pieces, which is that of their scores."""
-    halves = ((piece[:i], piece[i:]) for piece in vocab for i in range(1, len(piece)))
-    return [pair for pair in halves if pair[0] in vocab and pair[1] in vocab]
+def _merges(scores: Mapping[str, float]) -> list[tuple[str, str]]:
+    """All ways to make a piece of two others, those of the best piece first.
+
+    The order is not that of the ids: Mistral's runs of spaces have low ids and the worst score.
+    """
+    ranked = sorted(scores, key=lambda piece: -scores[piece])
+    halves = ((piece[:i], piece[i:]) for piece in ranked for i in range(1, len(piece)))
+    return [pair for pair in halves if pair[0] in scores and pair[1] in scores]
 
 
 def _sentencepiece_model(directory: Path, config: Zamba2Config) -> Path:
