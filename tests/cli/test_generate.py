@@ -101,7 +101,7 @@ def test_an_interrupted_job_keeps_what_is_done_and_goes_on(directory, tmp_path):
         (["--input", "{tmp}/none.jsonl"], "[Errno 2] No such file or directory"),
         (["--prompt", "x", "--output", "{tmp}/in.jsonl"], "{tmp}/in.jsonl exists: expected a new file"),
         (["--prompt", "x", "--output", "{tmp}/none/out"], "{tmp}/none/out: there is no directory {tmp}/none"),
-        (["--prompt", "x", "--model", "{tmp}"], "{tmp} has no config.json"),
+        (["--prompt", "x", "--model", "{tmp}"], "no config.json at {tmp}/config.json"),
         (["--prompt", "x", "--model", "{tmp}/bare"], "{tmp}/bare has neither model.safetensors nor"),
         (["--prompt", "x", "--model", "{tmp}/mute"], "{tmp}/mute has no tokenizer: expected tokenizer.json"),
     ],

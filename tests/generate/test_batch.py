@@ -97,7 +97,7 @@ def test_a_job_that_is_broken_off_goes_on_to_the_same_results(checkpoint, tmp_pa
         ('{"tokens": [1], "temperature": NaN}', "temperature=nan: expected a finite number"),
         ('{"tokens": [1], "max_new_tokens": 0}', "max_new_tokens=0: expected an integer, at least 1"),
         ('{"tokens": [1, 2, 3], "max_new_tokens": 8}', "3 tokens and 8 new ones: expected at most the capacity, 10"),
-        ('{"prompt": "\\ud800"}', "'utf-8' codec can't encode"),
+        ('{"prompt": "\\ud800"}', "prompt='\\ud800' has half of a surrogate pair, expected text"),
     ],
 )
 def test_a_wrong_line_is_named_with_its_number(checkpoint, line, message):

@@ -212,6 +212,8 @@ def _prompt(line: Mapping[str, Any], tokenizer: Tokenizer | None, vocab_size: in
         raise ValueError(f"{'prompt' if 'prompt' in line else 'tokens'}={prompt!r}: expected {kind}")
     if prompt == "":
         raise ValueError("prompt is empty, expected text")
+    if isinstance(prompt, str) and any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        raise ValueError(f"prompt={prompt!r} has half of a surrogate pair, expected text")
     tokens = token_lists([prompt], tokenizer)[0] if isinstance(prompt, str) else prompt
     return prompt, check_tokens(tokens, vocab_size, "prompt").tolist()
 

@@ -72,6 +72,8 @@ class Request:
         strings = isinstance(self.stop_strings, Sequence) and not isinstance(self.stop_strings, str)
         if not strings or not all(isinstance(stop, str) and stop for stop in self.stop_strings):
             raise ValueError(f"stop_strings={self.stop_strings!r}: expected a sequence of strings, none empty")
+        if isinstance(self.stop_tokens, str) or not isinstance(self.stop_tokens, Sequence | np.ndarray):
+            raise ValueError(f"stop_tokens={self.stop_tokens!r}: expected a sequence of token ids")
 
 
 @dataclasses.dataclass(frozen=True)

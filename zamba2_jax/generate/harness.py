@@ -68,18 +68,19 @@ class Harness(TemplateLM):
             directory = local_directory(model)
             tokenizer = tokenizer or load_tokenizer(directory, Zamba2Config.from_hf(directory))
             model = load_hf(directory, dtype=dtype)
-        if tokenizer is None or tokenizer.special_id("eos_token") is None:
+        end = None if tokenizer is None else tokenizer.special_id("eos_token")
+        if tokenizer is None or end is None:
             raise ValueError(f"tokenizer={tokenizer!r}: expected one with an eos_token")
         if not str(batch_size).isdecimal():
             raise ValueError(f"batch_size={batch_size!r}: expected a number")
         self.tokenizer = tokenizer
         self.max_length = max_length or model.config.max_position_embeddings
-        self._model, self._batch_size = model, int(batch_size)
+        self._model, self._end, self._batch_size = model, end, int(batch_size)
 
     @property
     def eot_token_id(self) -> int:
         """The token that ends a text."""
-        return self.tokenizer.special_id("eos_token")
+        return self._end
 
     @property
     def prefix_token_id(self) -> int:
