@@ -15,8 +15,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from zamba2_jax.checkpoint.hf import load_hf, local_directory
-from zamba2_jax.config import Zamba2Config
+from zamba2_jax.checkpoint.hf import load_hf
 from zamba2_jax.generate.decode import next_power_of_two, rounded_capacity
 from zamba2_jax.generate.engine import Completion, Engine, Request
 from zamba2_jax.generate.sampling import Sampling
@@ -65,9 +64,8 @@ class Harness(TemplateLM):
         """
         super().__init__()
         if isinstance(model, str):
-            directory = local_directory(model)
-            tokenizer = tokenizer or load_tokenizer(directory, Zamba2Config.from_hf(directory))
-            model = load_hf(directory, dtype=dtype)
+            tokenizer = tokenizer or load_tokenizer(model)
+            model = load_hf(model, dtype=dtype)
         end = None if tokenizer is None else tokenizer.special_id("eos_token")
         if tokenizer is None or end is None:
             raise ValueError(f"tokenizer={tokenizer!r}: expected one with an eos_token")

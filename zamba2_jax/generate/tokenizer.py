@@ -9,6 +9,7 @@ import dataclasses
 import datetime
 import importlib.util
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,6 +17,7 @@ from typing import Any, NoReturn
 from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE, Unigram
 
+from zamba2_jax.checkpoint.hf import local_directory
 from zamba2_jax.config import Zamba2Config
 
 MISTRAL_VOCAB_SIZE = 32000
@@ -89,7 +91,7 @@ class CheckpointTokenizer:
         return self.encode(self.render(messages), add_special_tokens=False)
 
 
-def load_tokenizer(directory: Path, config: Zamba2Config) -> CheckpointTokenizer:
+def load_tokenizer(source: str | os.PathLike[str], config: Zamba2Config | None = None) -> CheckpointTokenizer:
     """The tokenizer of a checkpoint.
 
     It is read from the directory: tokenizer.json, or tokenizer.model, a sentencepiece model, with what
@@ -97,20 +99,26 @@ def load_tokenizer(directory: Path, config: Zamba2Config) -> CheckpointTokenizer
     tokenizer of the released models, from the package mistral-common, if its vocabulary has their size. A sentencepiece
     model of which no tokenizer_config.json speaks puts BOS before every text, as the released models were trained.
 
+    Args:
+        source: a directory, or the id of a repository on the Hugging Face hub.
+        config: of the model; that of the checkpoint by default.
+
     Raises:
-        FileNotFoundError: there is no tokenizer.
+        FileNotFoundError: there is no such checkpoint, or it has no tokenizer.
         ValueError: a file is not valid, or needs a package that is not installed.
     """
+    directory = local_directory(source)
+    config = Zamba2Config.from_hf(directory) if config is None else config
     settings = _settings(directory)
-    if (directory / "tokenizer.json").is_file():
-        source = directory / "tokenizer.json"
-        backend = _read_json(source, settings)
+    file = directory / "tokenizer.json"
+    if file.is_file():
+        backend = _read_json(file, settings)
     else:
-        source = _sentencepiece_model(directory, config)
-        backend = _read_sentencepiece(source, settings)
+        file = _sentencepiece_model(directory, config)
+        backend = _read_sentencepiece(file, settings)
     special = _special_tokens(backend, settings, config)
-    _add_tokens(backend, settings, special, source)
-    if source.name != "tokenizer.json":
+    _add_tokens(backend, settings, special, file)
+    if file.name != "tokenizer.json":
         _begin_and_end(backend, settings, special)
     return CheckpointTokenizer(backend, special, _chat_template(directory, settings))
 
