@@ -1,6 +1,7 @@
 """Small models whose greedy continuations are not one token again and again."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -31,3 +32,13 @@ def greedy(model, prompt, new_tokens):
     for _ in range(new_tokens):
         tokens.append(int(log_probabilities(model, tokens)[-1].argmax()))
     return tokens[len(prompt) :]
+
+
+class Letters:
+    """A tokenizer: token i is the character 64 + i. Encodes to an object with `ids`, as `tokenizers` does."""
+
+    def encode(self, text):
+        return SimpleNamespace(ids=[ord(letter) - 64 for letter in text])
+
+    def decode(self, tokens):
+        return "".join(chr(64 + token) for token in tokens)

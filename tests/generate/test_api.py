@@ -1,22 +1,11 @@
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from tests.generate.models import UNTIED, greedy
+from tests.generate.models import UNTIED, Letters, greedy
 from tests.helpers import random_model, random_tokens
 from zamba2_jax import Completion, Sampling, Token, generate, stream
-
-
-class Letters:
-    """A tokenizer: token i is the character 64 + i. Encodes to an object with `ids`, as `tokenizers` does."""
-
-    def encode(self, text):
-        return SimpleNamespace(ids=[ord(letter) - 64 for letter in text])
-
-    def decode(self, tokens):
-        return "".join(chr(64 + token) for token in tokens)
 
 
 class ListLetters(Letters):
@@ -80,17 +69,19 @@ def test_a_stream_gives_every_token_as_it_comes(model):
 @pytest.mark.parametrize(
     ("prompts", "options", "message"),
     [
-        ([], {}, "prompts=[]: expected at least one, in a list"),
-        ("text", {}, "prompts='text': expected at least one, in a list"),
+        ([], {}, "prompts is empty: expected at least one"),
+        ("text", {}, "prompts='text': expected a list of them"),
         (["text"], {}, "prompts are strings: expected a tokenizer"),
         (["A", [1]], {"tokenizer": Letters()}, "prompts are strings and token ids: expected one of the two"),
-        ([""], {"tokenizer": Letters()}, "prompt 0 is empty"),
+        ([""], {"tokenizer": Letters()}, "prompt 0 is empty, expected text"),
         ([[1], []], {}, "prompt 1 is empty, expected at least one token"),
         ([[1], [2, 32]], {}, "prompt 1 holds token 32, expected ids in [0, 32)"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0: expected an integer, at least 1"),
         ([[1]], {"sampling": [Sampling()] * 2}, "sampling has 2 entries: expected one, or 1, as prompts"),
         ([[1]], {"stop_strings": ["x"]}, "expected an engine with a decode function"),
         ([[1]], {"stop_strings": ["x"], "prefix": [2]}, "expected an engine with a decode function"),
+        ([[1]], {"stop_strings": 5}, "stop_strings=5: expected a sequence of strings, none empty"),
+        ([[1]], {"stop_tokens": 5}, "stop_tokens=5: expected a sequence of token ids"),
         ([[1]], {"stop_tokens": [-1]}, "stop_tokens holds token -1"),
         ([[1]], {"prefix": [40]}, "prefix holds token 40"),
         ([[1]], {"slots": 0}, "slots=0: expected an integer, at least 1"),

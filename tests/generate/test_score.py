@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.generate.models import LENGTH, UNTIED, log_probabilities
+from tests.generate.models import LENGTH, UNTIED, Letters, greedy, log_probabilities
 from tests.helpers import random_model, random_tokens
 from zamba2_jax import init_cache, score
-from zamba2_jax.generate.score import POSITIONS, _score_piece
+from zamba2_jax.generate.score import POSITIONS, _score_piece, score_tokens
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +25,23 @@ def test_scores_are_those_of_full_passes(model):
     assert score(model, []) == []
 
 
+def test_strings_are_scored_as_their_tokens(model):
+    rows = [random_tokens(UNTIED, length, seed=length).tolist() for length in (7, 5)]
+    texts = [Letters().decode(row) for row in rows]
+    for found, expected in zip(score(model, texts, tokenizer=Letters()), score(model, rows), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_the_likeliest_tokens_are_known(model):
+    """A greedy continuation is, token by token; with another token in it, it is not there."""
+    prompt = random_tokens(UNTIED, 7).tolist()
+    whole = prompt + greedy(model, prompt, 6)
+    (_, likeliest), (_, changed) = score_tokens(model, [whole, [*whole[:9], (whole[9] + 1) % 32, *whole[10:]]])
+    assert likeliest[6:].all()
+    assert not changed[8]
+    assert changed[6:8].all()
+
+
 def test_logits_are_never_whole():
     """A chunk of [b, t, v] is nowhere in the program, one of `POSITIONS` is."""
     b, t = 2, 4 * POSITIONS
@@ -38,8 +55,11 @@ def test_logits_are_never_whole():
 @pytest.mark.parametrize(
     ("rows", "options", "message"),
     [
-        ([[1], []], {}, "row 1 is empty, expected at least one token"),
-        ([[1, 32]], {}, "row 0 holds token 32, expected ids in [0, 32)"),
+        ("text", {}, "texts='text': expected a list of them"),
+        (["text"], {}, "texts are strings: expected a tokenizer"),
+        (["A", ""], {"tokenizer": Letters()}, "text 1 is empty, expected text"),
+        ([[1], []], {}, "text 1 is empty, expected at least one token"),
+        ([[1, 32]], {}, "text 0 holds token 32, expected ids in [0, 32)"),
         ([[1]], {"batch": 0}, "batch=0, chunk=256: expected integers, at least 1"),
         ([[1]], {"chunk": 1.5}, "batch=8, chunk=1.5: expected integers, at least 1"),
     ],

@@ -40,3 +40,11 @@ def test_what_may_become_a_stop_string_is_held_back():
     assert given == ["a", "", "", "\n\nb", "", "\n"]
     assert not stream.stopped
     assert stream.text == "a\n\nb\n"
+
+
+def test_a_character_begun_before_belongs_to_the_text():
+    data = "né 日本".encode()
+    for cut in range(1, len(data)):
+        stream = TextStream(decode_bytes, before=data[:cut])
+        given = "".join(stream.add(byte) for byte in data[cut:])
+        assert data[:cut].decode(errors="ignore") + given == "né 日本"

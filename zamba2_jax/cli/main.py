@@ -30,7 +30,9 @@ class Entry(NamedTuple):
 
 
 COMMANDS = {
+    "chat": Entry("zamba2_jax.cli.chat", "Chat", "Talk with a model."),
     "demo": Entry("zamba2_jax.cli.demo", "Demo", "Train a small Zamba2 on text this Python carries, and let it write."),
+    "generate": Entry("zamba2_jax.cli.generate", "Generate", "Continue prompts with a model."),
     "parity": Entry(
         "zamba2_jax.cli.parity", "Parity", "Compare this package with PyTorch and both with a float64 oracle."
     ),

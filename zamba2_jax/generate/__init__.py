@@ -5,6 +5,7 @@ from zamba2_jax.generate.decode import decode_step, prefill
 from zamba2_jax.generate.engine import Completion, Engine, Prefix, Request, Token
 from zamba2_jax.generate.sampling import Sampling
 from zamba2_jax.generate.score import score
+from zamba2_jax.generate.tokenizer import load_tokenizer
 
 __all__ = [
     "Completion",
@@ -15,6 +16,7 @@ __all__ = [
     "Token",
     "decode_step",
     "generate",
+    "load_tokenizer",
     "prefill",
     "score",
     "stream",

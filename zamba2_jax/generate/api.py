@@ -7,7 +7,7 @@ from typing import TypeVar, cast
 from zamba2_jax.generate.decode import check_tokens, next_power_of_two, rounded_capacity
 from zamba2_jax.generate.engine import Completion, Engine, Event, Request
 from zamba2_jax.generate.sampling import GREEDY, Sampling
-from zamba2_jax.generate.text import Tokenizer
+from zamba2_jax.generate.text import Tokenizer, token_lists
 from zamba2_jax.model.zamba2 import Zamba2
 
 Prompt = TypeVar("Prompt", str, Sequence[int])
@@ -89,6 +89,8 @@ def _engine_with(
     slots: int,
 ) -> Engine:
     """An engine as large as the prompts need, and they in its queue."""
+    if not len(prompts):
+        raise ValueError("prompts is empty: expected at least one")
     vocab_size = model.config.vocab_size
     rows = [check_tokens(row, vocab_size, f"prompt {i}") for i, row in enumerate(token_lists(prompts, tokenizer))]
     if isinstance(sampling, Sampling):
@@ -112,23 +114,3 @@ def _engine_with(
     for request in requests:
         engine.submit(dataclasses.replace(request, prefix=taken))
     return engine
-
-
-def token_lists(texts: Sequence[str] | Sequence[Sequence[int]], tokenizer: Tokenizer | None) -> Sequence[Sequence[int]]:
-    """Token ids of strings; token ids as they are.
-
-    Raises:
-        ValueError: there are no texts, one string stands for many, strings and token ids are mixed, or strings come
-            without a tokenizer.
-    """
-    if isinstance(texts, str) or not len(texts):
-        raise ValueError(f"prompts={texts!r}: expected at least one, in a list")
-    strings = [text for text in texts if isinstance(text, str)]
-    if not strings:
-        return [text for text in texts if not isinstance(text, str)]
-    if len(strings) < len(texts):
-        raise ValueError("prompts are strings and token ids: expected one of the two")
-    if tokenizer is None:
-        raise ValueError("prompts are strings: expected a tokenizer")
-    encoded = [tokenizer.encode(text) for text in strings]
-    return [getattr(tokens, "ids", tokens) for tokens in encoded]

@@ -69,9 +69,11 @@ class Request:
     def __post_init__(self) -> None:
         if not is_int(self.max_new_tokens, 1):
             raise ValueError(f"max_new_tokens={self.max_new_tokens!r}: expected an integer, at least 1")
-        strings = not isinstance(self.stop_strings, str) and all(isinstance(s, str) and s for s in self.stop_strings)
-        if not strings:
+        strings = isinstance(self.stop_strings, Sequence) and not isinstance(self.stop_strings, str)
+        if not strings or not all(isinstance(stop, str) and stop for stop in self.stop_strings):
             raise ValueError(f"stop_strings={self.stop_strings!r}: expected a sequence of strings, none empty")
+        if isinstance(self.stop_tokens, str) or not isinstance(self.stop_tokens, Sequence | np.ndarray):
+            raise ValueError(f"stop_tokens={self.stop_tokens!r}: expected a sequence of token ids")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +189,8 @@ class Engine:
             ValueError: as in `check`.
         """
         self.check(request)
-        text = None if self._text_of is None else TextStream(self._text_of, request.stop_strings)
+        before = request.prompt if request.prefix is None else [*request.prefix.tokens, *request.prompt]
+        text = None if self._text_of is None else TextStream(self._text_of, request.stop_strings, before)
         task = _Task(next(self._numbers), request, text)
         self._queue.append(task)
         return task.number

@@ -27,6 +27,11 @@ def is_int(value: object, least: int) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(value >= least)
 
 
+def is_number(value: object) -> bool:
+    """Whether a value is a real number, of Python or numpy."""
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+
+
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How the tokens of one request are chosen. The default is greedy.
@@ -54,11 +59,17 @@ class Sampling:
 
     def __post_init__(self) -> None:
         rules = {
-            "temperature": (0 <= self.temperature < math.inf, "a finite number, 0 or more"),
+            "temperature": (
+                is_number(self.temperature) and 0 <= self.temperature < math.inf,
+                "a finite number, 0 or more",
+            ),
             "top_k": (self.top_k is None or is_int(self.top_k, 1), "None, or an integer from 1"),
-            "top_p": (0 < self.top_p <= 1, "a number in (0, 1]"),
-            "min_p": (0 <= self.min_p <= 1, "a number in [0, 1]"),
-            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "a finite number above 0"),
+            "top_p": (is_number(self.top_p) and 0 < self.top_p <= 1, "a number in (0, 1]"),
+            "min_p": (is_number(self.min_p) and 0 <= self.min_p <= 1, "a number in [0, 1]"),
+            "repetition_penalty": (
+                is_number(self.repetition_penalty) and 0 < self.repetition_penalty < math.inf,
+                "a finite number above 0",
+            ),
             "seed": (is_int(self.seed, 0) and self.seed < 2**32, "an integer in [0, 2^32)"),
         }
         for field, (valid, rule) in rules.items():
@@ -171,10 +182,10 @@ def _least_limit(below: Float[Array, "b v"], enough: Callable[[Array], Array]) -
     return jax.lax.bitcast_convert_type(found, jnp.float32)
 
 
-def log_probability(logits: Float[Array, "b v"], tokens: Int[Array, " b"]) -> Float[Array, " b"]:
-    """ln softmax(logits)[token] of each row, in at least float32."""
+def log_probability(logits: Float[Array, "*batch v"], tokens: Int[Array, "*batch"]) -> Float[Array, "*batch"]:
+    """ln softmax(logits)[token], in at least float32."""
     logits = logits.astype(at_least_fp32(logits.dtype))
-    return jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0] - jax.nn.logsumexp(logits, axis=-1)
+    return jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
 
 
 def _draw(seed: Array, position: Array, logits: Array) -> Array:

@@ -1,10 +1,12 @@
 """Log-probabilities and the loss of a language model, without its logits in memory."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
 from zamba2_jax.ops.linear import matmul
-from zamba2_jax.typing import Array, Float, Int, at_least_fp32
+from zamba2_jax.typing import Array, Float, Int, Tree, at_least_fp32
 
 
 def token_log_probabilities(
@@ -21,21 +23,27 @@ def token_log_probabilities(
         targets: a token at each position.
         chunk_size: positions per chunk.
     """
-    (b, t), size, wide = targets.shape, min(chunk_size, h.shape[1]), at_least_fp32(h.dtype)
+    wide = at_least_fp32(h.dtype)
+
+    @jax.checkpoint
+    def of_chunk(h: Array, targets: Array) -> Array:
+        logits = matmul(h, w, dtype=wide)
+        picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        return picked - jax.nn.logsumexp(logits, axis=-1)
+
+    return map_positions(of_chunk, h, targets, chunk_size)
+
+
+def map_positions(f: Callable[..., Tree], h: Float[Array, "b t d"], targets: Int[Array, "b t"], size: int) -> Tree:
+    """f(h, targets), a tree of arrays [b, t], computed for at most `size` positions of every row at a time."""
+    (b, t), size = targets.shape, min(size, h.shape[1])
 
     def chunks(array: Array) -> Array:
         padded = jnp.pad(array, [(0, 0), (0, -t % size)] + [(0, 0)] * (array.ndim - 2))
         return jnp.moveaxis(padded.reshape(b, -1, size, *array.shape[2:]), 1, 0)
 
-    @jax.checkpoint
-    def of_chunk(chunk: tuple[Array, Array]) -> Array:
-        h, targets = chunk
-        logits = matmul(h, w, dtype=wide)
-        picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return picked - jax.nn.logsumexp(logits, axis=-1)
-
-    by_chunk = jax.lax.map(of_chunk, (chunks(h), chunks(targets)))
-    return jnp.moveaxis(by_chunk, 0, 1).reshape(b, -1)[:, :t]
+    by_chunk = jax.lax.map(lambda chunk: f(*chunk), (chunks(h), chunks(targets)))
+    return jax.tree.map(lambda array: jnp.moveaxis(array, 0, 1).reshape(b, -1)[:, :t], by_chunk)
 
 
 def cross_entropy(

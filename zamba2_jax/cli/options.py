@@ -1,0 +1,94 @@
+"""What `zamba2 generate` and `zamba2 chat` share: which model, and how its tokens are chosen."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jax
+import tyro
+
+from zamba2_jax.checkpoint.hf import find_entries, load_hf, local_directory
+from zamba2_jax.config import Zamba2Config
+from zamba2_jax.generate.sampling import Sampling
+from zamba2_jax.generate.tokenizer import CheckpointTokenizer, load_tokenizer, stop_tokens
+from zamba2_jax.model.zamba2 import Zamba2
+
+Dtype = Literal["auto", "stored", "float32", "bfloat16"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """A model, and how its tokens are chosen."""
+
+    model: Annotated[str, tyro.conf.arg(metavar="DIR_OR_REPO")]
+    """Directory of a checkpoint, or its name on the Hugging Face hub."""
+    dtype: Dtype = "auto"
+    """What to compute in: "stored" is the dtype of the files; "auto" is float32 on CPU, else as stored."""
+    temperature: float = 0.0
+    """Tokens are drawn at this temperature; 0 takes the likeliest."""
+    top_k: int | None = None
+    """Draw from this many of the likeliest tokens."""
+    top_p: float = 1.0
+    """Draw from the fewest of the likeliest tokens that have this share of the probability."""
+    min_p: float = 0.0
+    """Draw from tokens at least this share as likely as the likeliest."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens that are there already are less likely."""
+    seed: int = 0
+    """Of the draws."""
+    capacity: int | None = None
+    """Most tokens, prompt and continuation together, for which there is to be memory."""
+
+    def sampling(self) -> Sampling:
+        """How tokens are chosen.
+
+        Raises:
+            ValueError: a value is out of its range.
+        """
+        return Sampling(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Sampling)})
+
+    def open(self) -> "Checkpoint":
+        """All of the checkpoint but its weights, which are only looked for.
+
+        Raises:
+            FileNotFoundError: there is no such checkpoint, or it lacks a file.
+            ValueError: a file of it, or `capacity`, is not valid.
+        """
+        if self.capacity is not None and self.capacity < 1:
+            raise ValueError(f"--capacity {self.capacity}: expected at least 1")
+        directory = local_directory(self.model)
+        config = Zamba2Config.from_hf(directory)
+        find_entries(directory)
+        return Checkpoint(directory, config, self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on this machine."""
+
+    directory: Path
+    config: Zamba2Config
+    dtype: Dtype
+
+    def tokenizer(self) -> CheckpointTokenizer:
+        """Its tokenizer; raises as `load_tokenizer`."""
+        return load_tokenizer(self.directory, self.config)
+
+    def stop_tokens(self, tokenizer: CheckpointTokenizer | None) -> tuple[int, ...]:
+        """The ids that end a text."""
+        return stop_tokens(self.directory, self.config, tokenizer)
+
+    def load(self) -> Zamba2:
+        """The model; raises as `load_hf`. What is compiled from here on is kept for the next time."""
+        keep_compiled_programs()
+        on_cpu = jax.default_backend() == "cpu"
+        dtype = ("float32" if on_cpu else "stored") if self.dtype == "auto" else self.dtype
+        return load_hf(self.directory, dtype=None if dtype == "stored" else dtype)
+
+
+def keep_compiled_programs() -> None:
+    """Has JAX keep compiled programs: where JAX_COMPILATION_CACHE_DIR says, or in the user's cache directory."""
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(caches / "zamba2-jax" / "compiled"))
