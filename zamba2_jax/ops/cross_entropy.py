@@ -5,12 +5,18 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from zamba2_jax.ops.embedding import own_index
 from zamba2_jax.ops.linear import matmul
 from zamba2_jax.typing import Array, Float, Int, Tree, at_least_fp32
 
 
 def token_log_probabilities(
-    h: Float[Array, "b t d"], w: Float[Array, "d v"], targets: Int[Array, "b t"], *, chunk_size: int = 256
+    h: Float[Array, "b t d"],
+    w: Float[Array, "d v"],
+    targets: Int[Array, "b t"],
+    *,
+    chunk_size: int = 256,
+    vocab_axis: str | None = None,
 ) -> Float[Array, "b t"]:
     """ln softmax(h w)[target], in at least float32.
 
@@ -22,14 +28,13 @@ def token_log_probabilities(
         w: the output head.
         targets: a token at each position.
         chunk_size: positions per chunk.
+        vocab_axis: inside `jax.shard_map`, the axis of the mesh that w is divided over, by columns.
     """
     wide = at_least_fp32(h.dtype)
 
     @jax.checkpoint
     def of_chunk(h: Array, targets: Array) -> Array:
-        logits = matmul(h, w, dtype=wide)
-        picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return picked - jax.nn.logsumexp(logits, axis=-1)
+        return _log_probability(matmul(h, w, dtype=wide), targets, vocab_axis)
 
     return map_positions(of_chunk, h, targets, chunk_size)
 
@@ -44,6 +49,18 @@ def map_positions(f: Callable[..., Tree], h: Float[Array, "b t d"], targets: Int
 
     by_chunk = jax.lax.map(lambda chunk: f(*chunk), (chunks(h), chunks(targets)))
     return jax.tree.map(lambda array: jnp.moveaxis(array, 0, 1).reshape(b, -1)[:, :t], by_chunk)
+
+
+def _log_probability(
+    logits: Float[Array, "b t v"], targets: Int[Array, "b t"], vocab_axis: str | None
+) -> Float[Array, "b t"]:
+    if vocab_axis is None:
+        return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
+    top = jax.lax.pmax(jax.lax.stop_gradient(logits.max(axis=-1)), vocab_axis)
+    total = jax.lax.psum(jnp.exp(logits - top[..., None]).sum(axis=-1), vocab_axis)
+    index, here = own_index(targets, logits.shape[-1], vocab_axis)
+    picked = jnp.where(here, jnp.take_along_axis(logits, index[..., None], axis=-1)[..., 0] - top, 0)
+    return jax.lax.psum(picked, vocab_axis) - jnp.log(total)
 
 
 def cross_entropy(
