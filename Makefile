@@ -13,7 +13,7 @@ demo: .venv/base
 test: lint
 	$(BIN)/pytest -n 2 --dist worksteal
 
-test-full: lint
+test-full: .venv/full lint
 	$(BIN)/pytest -n 2 --dist worksteal -m ""
 
 lint: .venv/dev
@@ -27,7 +27,11 @@ lint: .venv/dev
 	touch $@
 
 .venv/dev: .venv/base
-	$(INSTALL) '.[dev,parity,notebooks]'
+	$(INSTALL) '.[dev,parity,notebooks,sentencepiece]'
+	touch $@
+
+.venv/full: .venv/dev
+	$(INSTALL) '.[dev,parity,notebooks,sentencepiece,eval]'
 	touch $@
 
 clean:
