@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from tests.helpers import SMALL, assert_close, random_model, random_tokens
-from zamba2_jax import decode_step, fork, init_cache, prefill
+from zamba2_jax import cache_bytes, decode_step, fork, init_cache, prefill
+from zamba2_jax.generate.decode import prefill_donated
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,18 @@ def test_a_row_past_its_capacity_is_nan_and_others_are_not(model):
     assert np.isnan(logits).all(axis=-1).tolist() == [True, True]  # 7 + 1 and 5 + 2 of 6
     logits, _ = prefill(model, tokens, jnp.array([1, 1]), before)
     assert np.isnan(logits).all(axis=-1).tolist() == [True, False]  # 5 + 1 fit
+
+
+def test_a_piece_of_a_prompt_takes_no_more_memory_in_a_longer_cache(model):
+    """The cache is written in place, and what is needed beside it is the same for 2,048 tokens and for 32,768."""
+    temporary = []
+    for capacity in (2048, 32768):
+        cache = jax.eval_shape(lambda capacity=capacity: init_cache(SMALL, 1, capacity))
+        program = prefill_donated.lower(model, jnp.zeros((1, 64), jnp.int32), jnp.array([64]), cache).compile()
+        memory = program.memory_analysis()
+        assert memory.alias_size_in_bytes == cache_bytes(SMALL, 1, capacity).total
+        temporary.append(memory.temp_size_in_bytes)
+    assert temporary[0] == temporary[1]
 
 
 def test_capacity_is_the_trained_context_by_default(model):
