@@ -1,18 +1,46 @@
 """A sharded run is the run on one device, on eight fake ones."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tests.helpers import SMALL, assert_close, forward, random_model, random_tokens
+from tests.helpers import SMALL, TINY, assert_close, random_model, random_tokens
+from zamba2_jax import capture, next_token_loss
 from zamba2_jax.model.parameter import named_parameters
-from zamba2_jax.sharding import MESH_AXES, make_mesh, shard_model
+from zamba2_jax.sharding import MESH_AXES, check_mesh, constrain, make_mesh, shard_model
+from zamba2_jax.train.data import Batch
+from zamba2_jax.train.optimizer import AdamW
+from zamba2_jax.train.step import compile_train_step, init_state
 
-MESHES = [{"data": 2, "fsdp": 2, "tensor": 2}, {"sequence": 4, "tensor": 2}]
+# What eight devices divide; all sizes different, and 56 nothing but the vocabulary.
+EIGHT = dataclasses.replace(
+    TINY,
+    hidden_size=24,
+    num_layers=1,
+    hybrid_layer_ids=(0,),
+    num_shared_blocks=1,
+    mamba_heads=16,
+    attention_heads=8,
+    kv_heads=8,
+    ffn_size=40,
+    vocab_size=56,
+)
+UNTIED = dataclasses.replace(EIGHT, ngroups=1, tie_embeddings=False)
+LENGTH = 32
+
+FAST = [((1, 2, 2, 2), EIGHT), ((2, 2, 2, 1), UNTIED)]
+SLOW = [
+    (sizes, config)
+    for sizes in [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 8, 1), (1, 1, 1, 8), (2, 2, 2, 1), (1, 2, 2, 2)]
+    for config in (EIGHT, UNTIED)
+    if (sizes, config) not in FAST
+]
 
 # By hand, for a model split by fsdp and tensor: what RULES is to say.
 PLACES = {
@@ -62,15 +90,106 @@ def test_every_parameter_has_its_place():
         assert array.addressable_shards[0].data.size == array.size // split, name
 
 
-@pytest.mark.parametrize("sizes", MESHES, ids=str)
-def test_a_sharded_pass_is_the_pass_on_one_device(x64, sizes):
-    model, tokens = random_model(SMALL, jnp.float64), random_tokens(SMALL, 4, 12)
-    expected = forward(model, tokens)
-    mesh = make_mesh(**sizes)
-    sharded = forward(shard_model(model, mesh), jax.device_put(tokens, NamedSharding(mesh, P("data", "sequence"))))
-    assert len(sharded.sharding.device_set) == 8
-    # Sums are split over devices: the order of additions differs, nothing else.
-    assert_close(sharded, expected, 1e-12)
+def mesh_of(sizes):
+    return make_mesh(**dict(zip(MESH_AXES, sizes, strict=True)))
+
+
+def packed_rows():
+    """Eight rows of tokens, and documents that end at, before and after the edges of 2 and of 8 parts of a row."""
+    runs = [
+        [(1, 32)],
+        [(1, 4), (2, 12), (0, 4), (3, 12)],  # at edges, and a part that is padding
+        [(0, 5), (1, 10), (2, 2), (1, 15)],  # across them, an id that comes back
+        [(0, 32)],
+        [(1, 3), (2, 2), (3, 3), (4, 7), (5, 2), (6, 15)],
+        [(1, 7), (0, 10), (2, 15)],  # a state that passes over padding to nobody
+        [(1, 1)] + [(i, 1) for i in range(2, 33)],
+        [(1, 15), (2, 16), (0, 1)],
+    ]
+    rows = [[each for each, count in row for _ in range(count)] for row in runs]
+    return random_tokens(EIGHT, 8, LENGTH), jnp.asarray(rows, jnp.int32)
+
+
+@jax.jit
+def loss_and_gradient(model, tokens, segment_ids):
+    return jax.value_and_grad(lambda model: next_token_loss(model, tokens, segment_ids, chunk_size=5), has_aux=True)(
+        model
+    )
+
+
+@pytest.mark.parametrize(
+    ("sizes", "config"),
+    [pytest.param(*case) for case in FAST] + [pytest.param(*case, marks=pytest.mark.slow) for case in SLOW],
+    ids=lambda value: f"groups={value.ngroups}" if value in (EIGHT, UNTIED) else str(value),
+)
+def test_loss_and_gradient_are_those_of_one_device(x64, sizes, config):
+    model, (tokens, segment_ids) = random_model(config, jnp.float64), packed_rows()
+    expected = loss_and_gradient(model, tokens, segment_ids)
+    mesh = mesh_of(sizes)
+    with jax.set_mesh(mesh):
+        sharded = shard_model(model, mesh)
+        compiled = loss_and_gradient.lower(sharded, tokens, segment_ids).compile()
+        # Sums are divided over devices: the order of additions differs, nothing else.
+        assert_close(compiled(sharded, tokens, segment_ids), expected, 1e-12)
+    whole_vocabulary = re.findall(r"f64\[(?:\d+,)*56[,\]]", compiled.as_text())
+    assert bool(whole_vocabulary) == (mesh.shape["tensor"] == 1)
+
+
+def test_what_flows_inside_is_that_of_one_device(x64):
+    """Every tap, the states after the rows too, over all axes but data, without documents."""
+    model, tokens = random_model(UNTIED, jnp.float64), random_tokens(UNTIED, 2, 12)
+    expected = jax.jit(capture)(model, tokens)
+    mesh = make_mesh(fsdp=2, tensor=2, sequence=2)
+    with jax.set_mesh(mesh):
+        assert_close(jax.jit(capture)(shard_model(model, mesh), tokens), expected, 1e-12)
+
+
+@pytest.mark.slow
+def test_a_long_sequence_over_eight_devices_is_that_of_one():
+    """65,536 tokens in float32, in a document that ends in the middle of a part, and one over all others."""
+    config = dataclasses.replace(
+        EIGHT, hidden_size=8, mamba_heads=4, attention_heads=1, kv_heads=1, d_state=6, ffn_size=12
+    )
+    model, tokens = random_model(config), random_tokens(config, 1, 2**16)
+    segment_ids = jnp.where(jnp.arange(2**16) < 12_345, 1, 2)[None]
+    expected = loss_and_gradient(model, tokens, segment_ids)
+    mesh = make_mesh(sequence=8)
+    with jax.set_mesh(mesh):
+        assert_close(loss_and_gradient(shard_model(model, mesh), tokens, segment_ids), expected, 1e-5)
+
+
+def test_the_optimizer_is_placed_as_the_parameters_are():
+    mesh = make_mesh(fsdp=4, tensor=2)
+    with jax.set_mesh(mesh):
+        model = shard_model(random_model(EIGHT), mesh)
+        _, adam, _ = init_state(model, AdamW().transformation()).opt_state
+    for moments in (adam.mu, adam.nu):
+        for name, parameter in named_parameters(moments).items():
+            expected = named_parameters(model)[name][...]
+            assert parameter[...].sharding.is_equivalent_to(expected.sharding, expected.ndim), name
+
+
+@pytest.mark.slow
+def test_training_steps_are_those_of_one_device():
+    model, optimizer = random_model(EIGHT), AdamW().transformation()
+    batch = Batch(*map(np.asarray, packed_rows()))
+
+    def two_steps(model):
+        state = init_state(model, optimizer)
+        step = compile_train_step(state, batch, optimizer=optimizer, schedule=lambda step: 1e-3)
+        before = jax.tree.map(lambda leaf: leaf.sharding, state)
+        for _ in range(2):
+            state, metrics = step(state, batch)
+        after = jax.tree.map(lambda leaf: leaf.sharding, state)
+        return jax.device_get((state.model, metrics)), before, after
+
+    expected, _, _ = two_steps(jax.tree.map(jnp.copy, model))
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    with jax.set_mesh(mesh):
+        found, before, after = two_steps(shard_model(model, mesh))
+    assert_close(found, expected, 1e-5)
+    leaves = zip(jax.tree.leaves(before.model), jax.tree.leaves(after.model), strict=True)
+    assert all(a == b for a, b in leaves)
 
 
 def test_mesh_has_all_axes_and_takes_the_first_devices():
@@ -88,7 +207,28 @@ def test_a_mesh_that_does_not_fit_is_refused(sizes, needed):
         make_mesh(**sizes)
 
 
-def test_a_dimension_that_does_not_divide_is_refused():
-    model = random_model(dataclasses.replace(SMALL, vocab_size=33))
-    with pytest.raises(ValueError, match="mesh axis 'tensor' of size 2 does not divide 'vocab' of size 33"):
-        shard_model(model, make_mesh(tensor=2))
+def test_all_that_a_mesh_does_not_divide_is_named():
+    config = dataclasses.replace(EIGHT, vocab_size=57, ffn_size=41)
+    mesh = make_mesh(fsdp=2, tensor=2, sequence=2)
+    with pytest.raises(ValueError, match=r"tensor=2 does not divide the FFN width, 41; .* the vocabulary, 57$"):
+        shard_model(random_model(config), mesh)
+    with pytest.raises(ValueError, match=r"data=1, fsdp=2 does not divide the batch, 3; .*sequence=2 .* length, 9$"):
+        check_mesh(EIGHT, mesh, batch=3, length=9)
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"data=1, fsdp=2 does not divide 'batch' of size 3"):
+        jax.eval_shape(next_token_loss, random_model(EIGHT), random_tokens(EIGHT, 3, 8))
+
+
+def test_heads_are_not_cut():
+    """8 columns would divide by 8; 4 heads of 12 do not."""
+    config = dataclasses.replace(EIGHT, attention_heads=4, kv_heads=4)
+    with pytest.raises(ValueError, match=r"tensor=8 does not divide the attention heads, 4; .* the key heads, 4$"):
+        shard_model(random_model(config), make_mesh(tensor=8))
+
+
+def test_another_mesh_is_refused():
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(AxisType.Auto,))
+    with (
+        jax.set_mesh(mesh),
+        pytest.raises(ValueError, match="expected the axes data, fsdp, tensor, sequence"),
+    ):
+        constrain(jnp.zeros(2), None)

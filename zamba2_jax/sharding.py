@@ -1,27 +1,52 @@
-"""Where arrays live: the mesh, and the one table from the logical axes of parameters to its axes."""
+"""Where arrays live: the mesh, and the one table from logical axes, of parameters and activations, to its axes.
+
+The mesh is the one that `jax.set_mesh` sets. Without one, or with one of a single device, all functions of this module
+that take no mesh leave everything as it is.
+"""
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar, cast
 
 import jax
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from zamba2_jax.config import Zamba2Config
+from zamba2_jax.typing import Array
 
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 
-# Logical axis of a parameter -> mesh axis. An axis that is not named here, or is None, is replicated.
+# Logical axis -> mesh axes. An axis that is not named here, or is None, is replicated.
 RULES = {
-    "d_model": "fsdp",
-    "attention_in": "fsdp",
-    "vocab": "tensor",
-    "inner": "tensor",
-    "heads": "tensor",
-    "attention_heads": "tensor",
-    "ffn": "tensor",
+    # of parameters
+    "d_model": ("fsdp",),
+    "attention_in": ("fsdp",),
+    # of both
+    "vocab": ("tensor",),
+    "inner": ("tensor",),
+    "heads": ("tensor",),
+    "attention_heads": ("tensor",),
+    "ffn": ("tensor",),
+    # of activations
+    "batch": ("data", "fsdp"),
+    "time": ("sequence",),
 }
+
+Axes = tuple[str | None, ...]
+Tree = TypeVar("Tree")
+Result = TypeVar("Result")
+
+
+class _HasConfig(Protocol):
+    config: Zamba2Config
+
+
+ModelT = TypeVar("ModelT", bound=_HasConfig)
 
 
 def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, sequence: int = 1) -> Mesh:
-    """A mesh over the first data * fsdp * tensor * sequence devices.
+    """A mesh over the first data * fsdp * tensor * sequence devices, for `jax.set_mesh` and `shard_model`.
 
     Raises:
         ValueError: there are fewer devices, or a size is below 1.
@@ -34,30 +59,147 @@ def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, sequence: int = 
     return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=devices[:wanted])
 
 
+def check_mesh(
+    config: Zamba2Config, mesh: Mesh | AbstractMesh, *, batch: int | None = None, length: int | None = None
+) -> None:
+    """Whether a model fits a mesh; with batch and length, in rows and tokens, whether a full pass over them does.
+
+    Raises:
+        ValueError: the mesh does not divide a dimension; all such dimensions are named.
+    """
+    sizes = {
+        ("heads", "Mamba heads"): config.mamba_heads,
+        ("attention_heads", "attention heads"): config.attention_heads,
+        ("attention_heads", "key heads"): config.kv_heads,
+        ("ffn", "FFN width"): config.ffn_size,
+        ("vocab", "vocabulary"): config.vocab_size,
+        ("d_model", "model width"): config.hidden_size,
+        ("batch", "batch"): batch,
+        ("time", "length"): length,
+    }
+    problems = [
+        f"{_named(axis, mesh)} does not divide the {name}, {size}"
+        for (axis, name), size in sizes.items()
+        if size is not None and size % parts(axis, mesh)
+    ]
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
 def parameter_sharding(parameter: nnx.Param, mesh: Mesh) -> NamedSharding:
     """The sharding of one parameter, from the `axes` it was declared with.
 
     Raises:
         ValueError: a mesh axis does not divide the dimension it splits.
     """
-    axes = tuple(RULES.get(axis) if axis else None for axis in parameter.axes)
-    for size, logical, axis in zip(parameter.shape, parameter.axes, axes, strict=True):
-        if axis is not None and size % mesh.shape[axis]:
-            raise ValueError(
-                f"mesh axis {axis!r} of size {mesh.shape[axis]} does not divide {logical!r} of size {size} "
-                f"in a parameter of shape {parameter.shape} with axes {parameter.axes}"
-            )
-    return NamedSharding(mesh, PartitionSpec(*axes))
+    return NamedSharding(mesh, _checked_spec(parameter.shape, parameter.axes, mesh))
 
 
-def shard_model(model: nnx.Module, mesh: Mesh) -> nnx.Module:
+def shard_model(model: ModelT, mesh: Mesh) -> ModelT:
     """The model with every parameter placed on the mesh.
 
     Raises:
-        ValueError: as in `parameter_sharding`.
+        ValueError: as in `check_mesh`.
     """
-    return jax.tree.map(
-        lambda parameter: parameter.replace(jax.device_put(parameter[...], parameter_sharding(parameter, mesh))),
-        model,
-        is_leaf=lambda leaf: isinstance(leaf, nnx.Param),
-    )
+    check_mesh(model.config, mesh)
+    return _map_parameters(lambda array, parameter: jax.device_put(array, parameter_sharding(parameter, mesh)), model)
+
+
+def constrain_parameters(tree: Tree) -> Tree:
+    """Every parameter in a pytree, such as a gradient or the state of an optimizer, where the mesh has its like."""
+    return _map_parameters(lambda array, parameter: constrain(array, *parameter.axes), tree)
+
+
+def ambient_mesh() -> AbstractMesh | None:
+    """The mesh that computations are to be divided over; None where there is one device, or we run apart on each.
+
+    Raises:
+        ValueError: the mesh that is set is not one of `make_mesh`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or mesh.manual_axes:
+        return None
+    if set(mesh.axis_names) != set(MESH_AXES) or set(mesh.axis_types) != {AxisType.Auto}:
+        raise ValueError(f"mesh {mesh} is set: expected the axes {', '.join(MESH_AXES)}, all Auto, as of make_mesh")
+    return mesh
+
+
+def constrain(array: Array, *axes: str | None) -> Array:
+    """The array, divided over the mesh by the logical axes of its dimensions, None for those that are not.
+
+    Raises:
+        ValueError: the mesh does not divide a dimension.
+    """
+    mesh = ambient_mesh()
+    return array if mesh is None else jax.lax.with_sharding_constraint(array, _checked_spec(array.shape, axes, mesh))
+
+
+def per_device(
+    function: Callable[..., Result], in_axes: Sequence[Axes], out_axes: Axes | Sequence[Axes]
+) -> Callable[..., Result]:
+    """A function that every device runs on its own part of the arrays.
+
+    Kernels have to be called this way: the compiler cannot divide them.
+
+    Args:
+        function: of arrays, or None in the place of any.
+        in_axes: logical axes of the dimensions of each argument.
+        out_axes: those of the result, or in a list those of each.
+
+    Raises:
+        ValueError: by the function returned: the mesh does not divide a dimension.
+    """
+    mesh = ambient_mesh()
+    if mesh is None:
+        return function
+
+    def divided(*arrays: Array | None) -> Result:
+        specs = [
+            PartitionSpec() if array is None else _checked_spec(array.shape, axes, mesh)
+            for array, axes in zip(arrays, in_axes, strict=True)
+        ]
+        out = tuple(map(_spec, out_axes)) if isinstance(out_axes, list) else _spec(cast(Axes, out_axes))
+        return jax.shard_map(function, in_specs=tuple(specs), out_specs=out, check_vma=False)(*arrays)
+
+    return divided
+
+
+def split_axis(axis: str | None) -> str | None:
+    """The one mesh axis that a logical axis is divided over now, for collectives; None if it is not."""
+    mesh = ambient_mesh()
+    return None if axis is None or mesh is None or parts(axis, mesh) == 1 else RULES[axis][0]
+
+
+def parts(axis: str | None, mesh: Mesh | AbstractMesh) -> int:
+    """Into how many parts the mesh divides a logical axis."""
+    return math.prod(mesh.shape[name] for name in _mesh_axes(axis))
+
+
+def _map_parameters(function: Callable[[Array, nnx.Param], Array], tree: Tree) -> Tree:
+    def place(leaf):
+        return leaf.replace(function(leaf[...], leaf)) if isinstance(leaf, nnx.Param) else leaf
+
+    return jax.tree.map(place, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
+
+
+def _mesh_axes(axis: str | None) -> tuple[str, ...]:
+    return RULES.get(axis, ()) if axis is not None else ()
+
+
+def _spec(axes: Axes) -> PartitionSpec:
+    return PartitionSpec(*(entry[0] if len(entry) == 1 else entry or None for entry in map(_mesh_axes, axes)))
+
+
+def _checked_spec(shape: tuple[int, ...], axes: Axes, mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    for size, axis in zip(shape, axes, strict=True):
+        if size % parts(axis, mesh):
+            raise ValueError(
+                f"{_named(axis, mesh)} does not divide {axis!r} of size {size} "
+                f"in an array of shape {shape} with axes {axes}"
+            )
+    return _spec(axes)
+
+
+def _named(axis: str | None, mesh: Mesh | AbstractMesh) -> str:
+    """The mesh axes of a logical axis, and their sizes."""
+    return "mesh " + ", ".join(f"{name}={mesh.shape[name]}" for name in _mesh_axes(axis))

@@ -23,7 +23,7 @@ from zamba2_jax.checkpoint.layout import Form, Tensor, ignored, tensors
 from zamba2_jax.config import Zamba2Config
 from zamba2_jax.model.parameter import named_parameters, with_values
 from zamba2_jax.model.zamba2 import Zamba2
-from zamba2_jax.sharding import parameter_sharding
+from zamba2_jax.sharding import check_mesh, parameter_sharding
 from zamba2_jax.typing import DTypeLike, param_dtype
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -52,12 +52,15 @@ def load_hf(source: str | os.PathLike[str], *, dtype: DTypeLike | None = None, m
     Raises:
         FileNotFoundError: there is no such directory or repository, or it lacks a file.
         ValueError: the weights are pickles, the config or a file is not valid, or tensors are missing, unexpected,
-            of a wrong shape or dtype, or not finite; all such tensors are listed. Or `dtype` is not one JAX can hold.
+            of a wrong shape or dtype, or not finite; all such tensors are listed. Or `dtype` is not one JAX can hold,
+            or the mesh does not divide the model.
     """
     if dtype is not None:
         _check_dtype(jnp.dtype(dtype))
     directory = _resolve(source)
     config = Zamba2Config.from_hf(directory)
+    if mesh is not None:
+        check_mesh(config, mesh)
     entries = find_entries(directory)
     found, problems = match(config, entries)
     model = jax.eval_shape(lambda: Zamba2(config, rngs=nnx.Rngs(0)))

@@ -22,8 +22,10 @@ from zamba2_jax.config import Zamba2Config
 from zamba2_jax.generate.decode import check_tokens, padded_length, prefill_donated
 from zamba2_jax.generate.sampling import GREEDY, Sampling, SamplingRows, is_int, log_probability, sample
 from zamba2_jax.generate.text import Decode, TextStream
-from zamba2_jax.model.cache import Cache, init_cache
+from zamba2_jax.model.cache import Cache, init_cache, placed
+from zamba2_jax.model.divided import row_axes
 from zamba2_jax.model.zamba2 import Zamba2
+from zamba2_jax.sharding import constrain
 from zamba2_jax.typing import Array, DTypeLike, at_least_fp32
 
 BLOCK = 32
@@ -341,12 +343,24 @@ class _Rows:
     sampling: SamplingRows
 
 
+def _placed(rows: _Rows) -> _Rows:
+    """The rows, divided over the mesh that is set as those of the cache are; all else is whole, so as to sample."""
+    axis, _ = row_axes(len(rows.live), cached=True)
+
+    def by_rows(array: Array) -> Array:
+        return constrain(array, axis, *[None] * (array.ndim - 1))
+
+    fields = {field.name: getattr(rows, field.name) for field in dataclasses.fields(rows)}
+    cache = placed(fields.pop("cache"))
+    return _Rows(cache=cache, **jax.tree.map(by_rows, fields))
+
+
 _empty_cache = jax.jit(init_cache, static_argnums=(0, 1, 2, 3))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _empty_rows(config: Zamba2Config, b: int, capacity: int, dtype: DTypeLike) -> _Rows:
-    return _Rows(
+    rows = _Rows(
         cache=init_cache(config, b, capacity, dtype),
         token=jnp.zeros(b, jnp.int32),
         live=jnp.zeros(b, bool),
@@ -355,12 +369,13 @@ def _empty_rows(config: Zamba2Config, b: int, capacity: int, dtype: DTypeLike) -
         seen=jnp.zeros((b, config.vocab_size), bool),
         sampling=jax.tree.map(jnp.asarray, SamplingRows.stack([GREEDY] * b)),
     )
+    return _placed(rows)
 
 
 @partial(jax.jit, donate_argnames="rows")
 def _end(rows: _Rows, slot: int) -> _Rows:
     """The rows, one of them live no more."""
-    return dataclasses.replace(rows, live=rows.live.at[slot].set(False))
+    return _placed(dataclasses.replace(rows, live=rows.live.at[slot].set(False)))
 
 
 @partial(jax.jit, donate_argnames="rows")
@@ -382,7 +397,7 @@ def _insert(
     )
     row, logprob = _choose(row, logits)
     rows = jax.tree.map(lambda all_rows, one: all_rows.at[slot].set(one[0]), rows, row)
-    return rows, row.token[0], logprob[0]
+    return _placed(rows), row.token[0], logprob[0]
 
 
 @partial(jax.jit, donate_argnames="rows")
@@ -408,7 +423,7 @@ def _run(model: Zamba2, rows: _Rows, steps: int, refill: bool) -> tuple[_Rows, A
         return i + 1, rows, tokens.at[i].set(rows.token), logprobs.at[i].set(logprob)
 
     _, rows, tokens, logprobs = jax.lax.while_loop(go_on, step, (jnp.int32(0), rows, tokens, logprobs))
-    return rows, tokens, logprobs, begin.left - rows.left
+    return _placed(rows), tokens, logprobs, begin.left - rows.left
 
 
 def _choose(rows: _Rows, logits: Array) -> tuple[_Rows, Array]:
@@ -416,6 +431,8 @@ def _choose(rows: _Rows, logits: Array) -> tuple[_Rows, Array]:
 
     Dead rows are held at length 0, so that attention costs what the live ones need.
     """
+    axis, _ = row_axes(len(logits), cached=True)
+    logits = constrain(constrain(logits, axis, "vocab"), axis, None)  # gathered, and not the head that makes them
     token = sample(logits, rows.sampling, rows.seen, rows.cache.lengths)
     row, left = jnp.arange(token.shape[0]), rows.left - rows.live
     live = rows.live & (left > 0) & ~rows.stops[row, token]

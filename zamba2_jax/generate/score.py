@@ -10,8 +10,8 @@ import numpy as np
 from zamba2_jax.generate.decode import check_tokens, next_power_of_two, padded_length, rounded_capacity
 from zamba2_jax.generate.sampling import is_int
 from zamba2_jax.model.cache import Cache, init_cache
+from zamba2_jax.model.divided import token_log_probabilities
 from zamba2_jax.model.zamba2 import Zamba2
-from zamba2_jax.ops.cross_entropy import token_log_probabilities
 from zamba2_jax.typing import Array
 
 POSITIONS = 32
@@ -70,4 +70,4 @@ def _score_piece(model: Zamba2, tokens: Array, targets: Array, real: Array, cach
     padding = (jnp.arange(tokens.shape[1]) < real[:, None]).astype(jnp.int32)
     h, after = model.hidden_states(tokens, padding, cache=cache)
     assert after is not None
-    return token_log_probabilities(h, model.output_matrix, targets, chunk_size=POSITIONS), after
+    return token_log_probabilities(h, model.output_matrix, targets, chunk_size=POSITIONS, cached=True), after

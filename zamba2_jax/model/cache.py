@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from flax import struct
 
 from zamba2_jax.config import Zamba2Config
+from zamba2_jax.model.divided import row_axes
+from zamba2_jax.sharding import constrain
 from zamba2_jax.typing import Array, DTypeLike, Float, Int, at_least_fp32
 
 
@@ -64,10 +66,32 @@ def init_cache(config: Zamba2Config, batch: int, capacity: int, dtype: DTypeLike
         return MambaState(conv_x=zeros(past, config.inner_size), conv_bc=zeros(past, config.bc_size), ssm=ssm)
 
     kv_shape = (capacity, config.kv_heads, config.attention_head_dim)
-    return Cache(
+    cache = Cache(
         mamba=tuple(state() for _ in range(config.num_layers)),
         attention=tuple(KVCache(k=zeros(*kv_shape), v=zeros(*kv_shape)) for _ in range(config.num_calls)),
         lengths=jnp.zeros(batch, jnp.int32),
+    )
+    return placed(cache)
+
+
+def placed(cache: Cache) -> Cache:
+    """The cache, its heads divided over the mesh that is set, and its rows as in `divided.row_axes`."""
+    rows, _ = row_axes(len(cache.lengths), cached=True)
+
+    def state(of: MambaState) -> MambaState:
+        return MambaState(
+            conv_x=constrain(of.conv_x, rows, None, "inner"),
+            conv_bc=constrain(of.conv_bc, rows, None, None),
+            ssm=constrain(of.ssm, rows, "heads", None, None),
+        )
+
+    def keys(array: Array) -> Array:
+        return constrain(array, rows, None, "attention_heads", None)
+
+    return Cache(
+        mamba=tuple(map(state, cache.mamba)),
+        attention=tuple(KVCache(k=keys(of.k), v=keys(of.v)) for of in cache.attention),
+        lengths=constrain(cache.lengths, rows),
     )
 
 

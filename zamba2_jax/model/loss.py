@@ -2,8 +2,8 @@
 
 import jax.numpy as jnp
 
+from zamba2_jax.model.divided import token_log_probabilities
 from zamba2_jax.model.zamba2 import Zamba2
-from zamba2_jax.ops.cross_entropy import cross_entropy
 from zamba2_jax.typing import Array, Float, Int
 
 
@@ -32,5 +32,5 @@ def next_token_loss(
     predicted = jnp.broadcast_to(predicted, tokens.shape)
     count = predicted.sum()
     targets = jnp.roll(tokens, -1, axis=1)
-    total = cross_entropy(h, model.output_matrix, targets, predicted.astype(jnp.float32), chunk_size=chunk_size)
-    return total / jnp.maximum(count, 1), count
+    log_p = token_log_probabilities(h, model.output_matrix, targets, chunk_size=chunk_size, cached=False)
+    return -jnp.sum(log_p, where=predicted) / jnp.maximum(count, 1), count

@@ -7,6 +7,7 @@ from jax.nn.initializers import normal, ones
 
 from zamba2_jax.config import GATED_NORM_EPS, Zamba2Config
 from zamba2_jax.model.cache import MambaState
+from zamba2_jax.model.divided import causal_conv1d, ssd
 from zamba2_jax.model.parameter import (
     Rngs,
     bias,
@@ -18,10 +19,10 @@ from zamba2_jax.model.parameter import (
     value,
 )
 from zamba2_jax.model.tap import Tap, no_tap, scoped
-from zamba2_jax.ops.conv import causal_conv1d, causal_conv1d_step
+from zamba2_jax.ops.conv import causal_conv1d_step
 from zamba2_jax.ops.linear import linear
 from zamba2_jax.ops.norm import gated_rms_norm, rms_norm
-from zamba2_jax.ops.ssd import Implementation, ssd, ssd_step
+from zamba2_jax.ops.ssd import Implementation, ssd_step
 from zamba2_jax.typing import Array, DTypeLike, Float, Int, at_least_fp32
 
 
@@ -69,14 +70,10 @@ class Mamba2(nnx.Module):
         before_x, before_bc, before = (None,) * 3 if state is None else (state.conv_x, state.conv_bc, state.ssm)
         z, x, bc, dt = self._project(u, tap)
         x, conv_x = causal_conv1d(
-            x, self.conv_x[...], self.conv_x_bias[...], initial_state=before_x, segment_ids=segment_ids
+            x, self.conv_x[...], self.conv_x_bias[...], "inner", initial_state=before_x, segment_ids=segment_ids
         )
         bc, conv_bc = causal_conv1d(
-            bc,
-            self.conv_bc[...],
-            self.conv_bc_bias[...],
-            initial_state=before_bc,
-            segment_ids=segment_ids,
+            bc, self.conv_bc[...], self.conv_bc_bias[...], None, initial_state=before_bc, segment_ids=segment_ids
         )
         y, ssm = ssd(
             *self._scan_inputs(x, dt, bc, tap),

@@ -7,7 +7,8 @@ from flax import nnx
 from jax.nn.initializers import normal
 
 from zamba2_jax.config import Zamba2Config
-from zamba2_jax.model.cache import Cache, KVCache, MambaState
+from zamba2_jax.model.cache import Cache, KVCache, MambaState, placed
+from zamba2_jax.model.divided import embed, row_axes
 from zamba2_jax.model.mamba import MambaLayer
 from zamba2_jax.model.parameter import KeyStream, norm_scale, param
 from zamba2_jax.model.shared import SharedBlock, SharedCall
@@ -16,6 +17,7 @@ from zamba2_jax.ops.linear import linear
 from zamba2_jax.ops.norm import rms_norm
 from zamba2_jax.ops.segments import document_positions
 from zamba2_jax.ops.ssd import Implementation
+from zamba2_jax.sharding import constrain
 from zamba2_jax.typing import Array, DTypeLike, Float, Int
 
 _Mixed = tuple[Array, MambaState]
@@ -94,13 +96,17 @@ class Zamba2(nnx.Module):
         Arguments as in `__call__`. With a cache the rows go on where it stands: segment_ids then marks padding at the
         end of a row (0) and nothing else, and positions follow from the cache.
         """
-        if (tokens is None) == (inputs_embeds is None):
+        if tokens is not None and inputs_embeds is None:
+            embedded = embed(tokens, self.embed[...], cached=cache is not None)
+        elif tokens is None and inputs_embeds is not None:
+            embedded = inputs_embeds
+        else:
             raise ValueError("expected either tokens or inputs_embeds, and not both")
-        embedded = tap("embed", self.embed[...][tokens] if inputs_embeds is None else inputs_embeds)
+        embedded = tap("embed", embedded)
         if cache is not None:
             positions = cache.lengths[:, None] + jnp.arange(embedded.shape[1])
         elif positions is None and segment_ids is not None:
-            positions = document_positions(segment_ids)
+            positions = document_positions(constrain(segment_ids, "batch", None))
         elif positions is None:
             positions = jnp.broadcast_to(jnp.arange(embedded.shape[1]), embedded.shape[:2])
 
@@ -110,7 +116,7 @@ class Zamba2(nnx.Module):
         h, states, kv_caches = self._run(embedded, positions, segment_ids, cache, mix, tap)
         if cache is not None:
             added = embedded.shape[1] if segment_ids is None else (segment_ids != 0).sum(axis=1, dtype=jnp.int32)
-            cache = Cache(states, kv_caches, cache.lengths + added)
+            cache = placed(Cache(states, kv_caches, cache.lengths + added))
         return h, cache
 
     def step(self, tokens: Int[Array, " b"], cache: Cache, *, tap: Tap = no_tap) -> tuple[Float[Array, "b v"], Cache]:
@@ -120,9 +126,9 @@ class Zamba2(nnx.Module):
             assert state is not None
             return layer.step(h, given, state, tap=tap)
 
-        embedded = tap("embed", self.embed[...][tokens[:, None]])
+        embedded = tap("embed", embed(tokens[:, None], self.embed[...], cached=True))
         h, states, kv_caches = self._run(embedded, cache.lengths[:, None], None, cache, mix, tap)
-        return tap("logits", self.logits(h[:, 0])), Cache(states, kv_caches, cache.lengths + 1)
+        return tap("logits", self.logits(h[:, 0])), placed(Cache(states, kv_caches, cache.lengths + 1))
 
     def _run(
         self,
@@ -134,7 +140,8 @@ class Zamba2(nnx.Module):
         tap: Tap,
     ) -> tuple[Float[Array, "b t d"], tuple[MambaState, ...], tuple[KVCache, ...]]:
         """All layers and the final norm; `mix` runs a Mamba2 layer, on whole rows or on one token of each."""
-        h, states, kv_caches = embedded, [], []
+        rows = row_axes(len(embedded), cached=cache is not None)
+        h, states, kv_caches = constrain(embedded, *rows, None), [], []
         for row, layer in zip(self.config.layer_plan, self.layers, strict=True):
             at = scoped(tap, f"layers.{row.layer}")
             h, given = at("input", h), None
@@ -146,7 +153,7 @@ class Zamba2(nnx.Module):
                     kv_caches.append(kv)
             state = None if cache is None else cache.mamba[row.layer]
             h, state = mix(layer, h, given, state, at)
-            h = at("output", h)
+            h = at("output", constrain(h, *rows, None))
             states.append(state)
         h = tap("final_norm", rms_norm(h, self.norm[...], self.config.rms_norm_eps))
         return h, tuple(states), tuple(kv_caches)

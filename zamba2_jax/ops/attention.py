@@ -45,12 +45,17 @@ def causal_attention(
     if implementation == "cudnn":
         _check_cudnn(q, segment_ids)
         return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation="cudnn")
-    tags = None if segment_ids is None else 2 * document_index(segment_ids) + (segment_ids != 0)
+    tags = None if segment_ids is None else document_tags(segment_ids)
     if implementation == "splash":
         return attention_splash(q, k, v, tags, scale)
     if implementation == "xla":
         return attention_xla(q, k, v, tags, scale)
     raise ValueError(f"implementation={implementation!r}: expected one of xla, splash, cudnn")
+
+
+def document_tags(segment_ids: Int[Array, "b t"]) -> Int[Array, "b t"]:
+    """A number for each token: two may attend to each other where it is the same. Padding has its own."""
+    return 2 * document_index(segment_ids) + (segment_ids != 0)
 
 
 def cached_attention(

@@ -4,8 +4,8 @@ A block of queries meets all keys it may see at once, so that its softmax is exa
 pass computes the scores of a block again. All blocks share one loop: independent ones would be computed at once, and
 all be in memory.
 
-Letters as in `typing`, r for the query heads of a key head, n for blocks, s for the queries of a block. What belongs to
-queries has five axes here, [b, kv, r, t, ...], where b, kv and r may be 1.
+Letters as in `typing`, r for the query heads of a key head, n for blocks, s for the queries of a block, u for keys.
+What belongs to queries has five axes here, [b, kv, r, t, ...], where b, kv and r may be 1.
 """
 
 from collections.abc import Callable
@@ -41,10 +41,11 @@ class _Softmax(NamedTuple):
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
 def attention_xla(
     q: Float[Array, "b t h p"],
-    k: Float[Array, "b t kv p"],
-    v: Float[Array, "b t kv p"],
-    tags: Int[Array, "b t"] | None,
+    k: Float[Array, "b u kv p"],
+    v: Float[Array, "b u kv p"],
+    tags: Int[Array, "b u"] | None,
     scale: float,
+    offset: Int[Array, ""] | int = 0,
 ) -> Float[Array, "b t h p"]:
     """Softmax attention of every token to itself and those before it; with tags, only to those with its own.
 
@@ -55,11 +56,12 @@ def attention_xla(
         q, k, v: h is a multiple of kv; query head i reads key head i // (h / kv).
         tags: not to be crossed.
         scale: factor on the scores.
+        offset: the first query belongs to this key, from 0 to u - t.
     """
-    return _forward(q, k, v, tags, scale)[0]
+    return _forward(q, k, v, tags, scale, offset)[0]
 
 
-def _forward(q, k, v, tags, scale):
+def _forward(q, k, v, tags, scale, offset):
     keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
     is_single = q.shape[1] <= BLOCK
 
@@ -71,13 +73,15 @@ def _forward(q, k, v, tags, scale):
         out = _product(weights.astype(v.dtype), values[:, :, :seen], (4, 2)) / total
         return out.astype(q.dtype), _Softmax(top, total, weights if is_single else None)
 
-    queries = _queries(q, k, tags)
-    _, (out, softmax) = _over_blocks(lambda _, queries, seen: (None, attend(queries, seen)), None, queries)
-    return _by_time(out), (q, k, v, tags, softmax)
+    def forward(_: None, queries: _Queries, seen: int) -> tuple[None, tuple[Array, _Softmax]]:
+        return None, attend(queries, seen)
+
+    _, (out, softmax) = _over_blocks(forward, None, _queries(q, k, tags, offset), k.shape[1], offset)
+    return _by_time(out), (q, k, v, tags, offset, softmax)
 
 
 def _backward(scale, residuals, d_out):
-    q, k, v, tags, softmax = residuals
+    q, k, v, tags, offset, softmax = residuals
     keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
     # Divided by the total here, where it is cheapest, so that the weights need not be; and before axes are swapped.
     d_heads = _by_heads((d_out / _by_time(softmax.total)).astype(q.dtype), k)
@@ -97,15 +101,17 @@ def _backward(scale, residuals, d_out):
         d_queries = _product(d_scores, keys[:, :, :seen], (4, 2)).astype(q.dtype)
         return (_add_in_front(sums[0], d_keys), _add_in_front(sums[1], d_values)), d_queries
 
-    tokens = _queries(q, k, tags), softmax, d_heads
-    (d_keys, d_values), d_q = _over_blocks(attend, (zeros, zeros), tokens)
-    return _by_time(d_q), d_keys.swapaxes(1, 2).astype(k.dtype), d_values.swapaxes(1, 2).astype(v.dtype), None
+    tokens = _queries(q, k, tags, offset), softmax, d_heads
+    (d_keys, d_values), d_q = _over_blocks(attend, (zeros, zeros), tokens, k.shape[1], offset)
+    return _by_time(d_q), d_keys.swapaxes(1, 2).astype(k.dtype), d_values.swapaxes(1, 2).astype(v.dtype), None, None
 
 
 attention_xla.defvjp(_forward, _backward)
 
 
-def _over_blocks(attend: Callable[[Any, Any, int], tuple[Any, Any]], carry: Any, tokens: Any) -> tuple[Any, Any]:
+def _over_blocks(
+    attend: Callable[[Any, Any, int], tuple[Any, Any]], carry: Any, tokens: Any, keys: int, offset: Array | int
+) -> tuple[Any, Any]:
     """Calls attend(carry, part, number of keys to read) with one block of `tokens` after the other.
 
     No block reads all keys but the last ones. The number of keys has to be known when compiling: it is rounded up to
@@ -116,22 +122,22 @@ def _over_blocks(attend: Callable[[Any, Any, int], tuple[Any, Any]], carry: Any,
     """
     t = jax.tree.leaves(tokens)[0].shape[3]
     if t <= BLOCK:
-        return attend(carry, tokens, t)
-    blocks = t // BLOCK
-    span = -(-blocks // SPANS)
-    reach = [min(i + span, blocks) * BLOCK for i in range(0, blocks, span)]
+        return attend(carry, tokens, keys)
+    blocks, rest = divmod(t, BLOCK)
+    span = -(-(keys - rest) // (SPANS * BLOCK)) * BLOCK
+    reach = [min(start + span, keys - rest) for start in range(0, keys - rest, span)]
 
     def step(carry: Any, block: tuple[Array, Any]) -> tuple[Any, Any]:
         index, part = block
         choices = [lambda carry, part, seen=seen: attend(carry, part, seen) for seen in reach]
-        return jax.lax.switch(index // span, choices, carry, part)
+        return jax.lax.switch((offset + (index + 1) * BLOCK - 1) // span, choices, carry, part)
 
     stacked = jax.tree.map(lambda a: _stack(a[:, :, :, : blocks * BLOCK]), tokens)
     carry, results = jax.lax.scan(step, carry, (jnp.arange(blocks), stacked))
     results = jax.tree.map(_unstack, results)
-    if t % BLOCK:
-        carry, rest = attend(carry, jax.tree.map(lambda a: a[:, :, :, blocks * BLOCK :], tokens), t)
-        results = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=3), results, rest)
+    if rest:
+        carry, last = attend(carry, jax.tree.map(lambda a: a[:, :, :, blocks * BLOCK :], tokens), keys)
+        results = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=3), results, last)
     return carry, results
 
 
@@ -172,9 +178,14 @@ def _add_in_front(sums: Float[Array, "b kv u p"], addend: Float[Array, "b kv s p
     return jax.lax.dynamic_update_slice_in_dim(sums, sums[:, :, :seen] + addend, 0, axis=2)
 
 
-def _queries(q: Float[Array, "b t h p"], k: Float[Array, "b t kv p"], tags: Int[Array, "b t"] | None) -> _Queries:
-    times = jnp.arange(q.shape[1])[None, None, None, :, None]
-    return _Queries(_by_heads(q, k), times, None if tags is None else tags[:, None, None, :, None])
+def _queries(
+    q: Float[Array, "b t h p"], k: Float[Array, "b u kv p"], tags: Int[Array, "b u"] | None, offset: Array | int
+) -> _Queries:
+    times = offset + jnp.arange(q.shape[1])
+    own = None if tags is None else jax.lax.dynamic_slice_in_dim(tags, offset, q.shape[1], axis=1)
+    return _Queries(
+        _by_heads(q, k), times[None, None, None, :, None], None if own is None else own[:, None, None, :, None]
+    )
 
 
 def _by_heads(q: Float[Array, "b t h p"], k: Float[Array, "b u kv p"]) -> Float[Array, "b kv r t p"]:

@@ -27,30 +27,48 @@ def causal_conv1d(
         y, in the dtype of x, and the last k-1 real inputs of each row's last document, oldest first.
     """
     taps, length = w.shape[0], x.shape[1]
+    window = _window(x, taps, initial_state, segment_ids)
+    document = None if segment_ids is None else _window_documents(segment_ids, taps)
+    y = bias
+    for j in range(taps):
+        term = window[:, j : j + length]
+        if document is not None:
+            own = document[:, j : j + length] == document[:, taps - 1 :]
+            term = jnp.where(own[..., None], term, 0)
+        y = y + term.astype(at_least_fp32(x.dtype)) * w[j]
+    return y.astype(x.dtype), last_inputs(x, taps, initial_state=initial_state, segment_ids=segment_ids)
+
+
+def last_inputs(
+    x: Float[Array, "b t e"],
+    taps: int,
+    *,
+    initial_state: Float[Array, "b past e"] | None = None,
+    segment_ids: Int[Array, "b t"] | None = None,
+) -> Float[Array, "b past e"]:
+    """The state after `causal_conv1d` with so many taps; arguments as there."""
+    window = _window(x, taps, initial_state, segment_ids)
+    if segment_ids is None:
+        return window[:, x.shape[1] :]
+    document = _window_documents(segment_ids, taps)
+    end = jnp.max(jnp.where(segment_ids != 0, jnp.arange(x.shape[1]) + 1, 0), axis=1)  # after the last real input
+    last = end[:, None] + jnp.arange(taps - 1)  # the k-1 inputs up to there, as indices of the window
+    own = jnp.take_along_axis(document, last, axis=1) == document[:, -1:]
+    return jnp.where(own[..., None], jnp.take_along_axis(window, last[..., None], axis=1), 0)
+
+
+def _window(x: Array, taps: int, initial_state: Array | None, segment_ids: Array | None) -> Float[Array, "b s e"]:
+    """The inputs after the k-1 before them, 0 at padding."""
     if initial_state is None:
         initial_state = jnp.zeros((x.shape[0], taps - 1, x.shape[2]), x.dtype)
     if segment_ids is not None:
         x = jnp.where(segment_ids[..., None] != 0, x, 0)
-    window = jnp.concatenate([initial_state.astype(x.dtype), x], axis=1)
-    wide = at_least_fp32(x.dtype)
-    if segment_ids is None:
-        y = sum(window[:, j : j + length].astype(wide) * w[j] for j in range(taps)) + bias
-        return y.astype(x.dtype), window[:, length:]
+    return jnp.concatenate([initial_state.astype(x.dtype), x], axis=1)
 
-    # Where each entry of the window belongs, then the same sum with the foreign entries left out.
-    document = jnp.pad(document_index(segment_ids), ((0, 0), (taps - 1, 0)))
-    here = document[:, taps - 1 :]
-    y = bias
-    for j in range(taps):
-        own = document[:, j : j + length] == here
-        y = y + jnp.where(own[..., None], window[:, j : j + length], 0).astype(wide) * w[j]
 
-    time = jnp.arange(length)
-    end = jnp.max(jnp.where(segment_ids != 0, time + 1, 0), axis=1)  # number of inputs up to the last real one
-    last = end[:, None] + jnp.arange(taps - 1)  # their last k-1, as indices of the window
-    state = jnp.take_along_axis(window, last[..., None], axis=1)
-    own = jnp.take_along_axis(document, last, axis=1) == document[:, -1:]
-    return y.astype(x.dtype), jnp.where(own[..., None], state, 0)
+def _window_documents(segment_ids: Int[Array, "b t"], taps: int) -> Int[Array, "b s"]:
+    """Which document each entry of the window belongs to."""
+    return jnp.pad(document_index(segment_ids), ((0, 0), (taps - 1, 0)))
 
 
 def causal_conv1d_step(

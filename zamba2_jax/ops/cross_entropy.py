@@ -3,12 +3,18 @@
 import jax
 import jax.numpy as jnp
 
+from zamba2_jax.ops.embedding import own_index
 from zamba2_jax.ops.linear import matmul
 from zamba2_jax.typing import Array, Float, Int, at_least_fp32
 
 
 def token_log_probabilities(
-    h: Float[Array, "b t d"], w: Float[Array, "d v"], targets: Int[Array, "b t"], *, chunk_size: int = 256
+    h: Float[Array, "b t d"],
+    w: Float[Array, "d v"],
+    targets: Int[Array, "b t"],
+    *,
+    chunk_size: int = 256,
+    vocab_axis: str | None = None,
 ) -> Float[Array, "b t"]:
     """ln softmax(h w)[target], in at least float32.
 
@@ -20,6 +26,7 @@ def token_log_probabilities(
         w: the output head.
         targets: a token at each position.
         chunk_size: positions per chunk.
+        vocab_axis: inside `jax.shard_map`, the axis of the mesh that w is divided over, by columns.
     """
     (b, t), size, wide = targets.shape, min(chunk_size, h.shape[1]), at_least_fp32(h.dtype)
 
@@ -30,12 +37,22 @@ def token_log_probabilities(
     @jax.checkpoint
     def of_chunk(chunk: tuple[Array, Array]) -> Array:
         h, targets = chunk
-        logits = matmul(h, w, dtype=wide)
-        picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return picked - jax.nn.logsumexp(logits, axis=-1)
+        return _log_probability(matmul(h, w, dtype=wide), targets, vocab_axis)
 
     by_chunk = jax.lax.map(of_chunk, (chunks(h), chunks(targets)))
     return jnp.moveaxis(by_chunk, 0, 1).reshape(b, -1)[:, :t]
+
+
+def _log_probability(
+    logits: Float[Array, "b t v"], targets: Int[Array, "b t"], vocab_axis: str | None
+) -> Float[Array, "b t"]:
+    if vocab_axis is None:
+        return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
+    top = jax.lax.pmax(jax.lax.stop_gradient(logits.max(axis=-1)), vocab_axis)
+    total = jax.lax.psum(jnp.exp(logits - top[..., None]).sum(axis=-1), vocab_axis)
+    index, here = own_index(targets, logits.shape[-1], vocab_axis)
+    picked = jnp.where(here, jnp.take_along_axis(logits, index[..., None], axis=-1)[..., 0] - top, 0)
+    return jax.lax.psum(picked, vocab_axis) - jnp.log(total)
 
 
 def cross_entropy(

@@ -9,6 +9,7 @@ import optax
 from flax import struct
 
 from zamba2_jax.model import Zamba2, next_token_loss
+from zamba2_jax.sharding import constrain_parameters
 from zamba2_jax.train.data import Batch
 from zamba2_jax.typing import Array, Float, Int
 
@@ -54,8 +55,12 @@ TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 
 def init_state(model: Zamba2, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step."""
+
+    def init(model: Zamba2) -> optax.OptState:
+        return constrain_parameters(optimizer.init(model))
+
     step, skipped = jnp.zeros((2,), jnp.int32)
-    return TrainState(step=step, skipped=skipped, model=model, opt_state=jax.jit(optimizer.init)(model))
+    return TrainState(step=step, skipped=skipped, model=model, opt_state=jax.jit(init)(model))
 
 
 def train_step(
@@ -72,6 +77,7 @@ def train_step(
         schedule: the learning rate of a step, counted from 0.
     """
     (loss, _), gradient = jax.value_and_grad(_loss, has_aux=True)(state.model, batch)
+    gradient = constrain_parameters(gradient)
     grad_norm, rate = optax.tree.norm(gradient), jnp.asarray(schedule(state.step))
     update, opt_state = optimizer.update(gradient, state.opt_state, state.model)
     model = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), state.model, update)
@@ -83,8 +89,8 @@ def train_step(
     state = TrainState(
         step=state.step + 1,
         skipped=state.skipped + jnp.where(finite, 0, 1),
-        model=jax.tree.map(if_finite, model, state.model),
-        opt_state=jax.tree.map(if_finite, opt_state, state.opt_state),
+        model=constrain_parameters(jax.tree.map(if_finite, model, state.model)),
+        opt_state=constrain_parameters(jax.tree.map(if_finite, opt_state, state.opt_state)),
     )
     tokens = (batch.segment_ids != 0).sum(dtype=jnp.int32)
     return state, StepMetrics(loss=loss, grad_norm=grad_norm, learning_rate=rate, tokens=tokens, skipped=state.skipped)
