@@ -57,7 +57,7 @@ def load_hf(source: str | os.PathLike[str], *, dtype: DTypeLike | None = None, m
     """
     if dtype is not None:
         _check_dtype(jnp.dtype(dtype))
-    directory = _resolve(source)
+    directory = local_directory(source)
     config = Zamba2Config.from_hf(directory)
     if mesh is not None:
         check_mesh(config, mesh)
@@ -172,8 +172,12 @@ def _place(parameter: nnx.Param, read: _Reader, mesh: Mesh | None) -> jax.Array:
     return jax.make_array_from_callback(parameter.shape, sharding, lambda index: read(index or ()))
 
 
-def _resolve(source: str | os.PathLike[str]) -> Path:
-    """The local directory of a checkpoint, fetched from the hub if `source` is a repository."""
+def local_directory(source: str | os.PathLike[str]) -> Path:
+    """The directory of a checkpoint, fetched from the hub if `source` is a repository.
+
+    Raises:
+        FileNotFoundError: there is no such directory or repository.
+    """
     if Path(source).is_dir():
         return Path(source)
     repository = os.fspath(source)
@@ -182,7 +186,7 @@ def _resolve(source: str | os.PathLike[str]) -> Path:
     except HFValidationError:
         raise FileNotFoundError(f"{repository} is neither a directory nor the id of a hub repository") from None
     try:
-        patterns = ["*.json", "*.safetensors", "tokenizer*"]
+        patterns = ["*.json", "*.safetensors", "tokenizer*", "*.jinja"]
         return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
     except OSError as error:  # every error of the hub is one: offline, not found, no access
         raise FileNotFoundError(
@@ -192,7 +196,12 @@ def _resolve(source: str | os.PathLike[str]) -> Path:
 
 
 def find_entries(directory: Path) -> dict[str, Entry]:
-    """Every tensor of a checkpoint, from the headers of its files."""
+    """Every tensor of a checkpoint, from the headers of its files.
+
+    Raises:
+        FileNotFoundError: there are no weights.
+        ValueError: they are pickles, or a file is not valid.
+    """
     if (directory / INDEX).is_file():
         files = _indexed_files(directory)
     elif (directory / WEIGHTS).is_file():
