@@ -50,9 +50,9 @@ class Checkpoints:
             keep_period=keep_every,
             cleanup_tmp_directories=not read_only,
             create=not read_only,
-            read_only=read_only,
         )
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        handlers = {"state": ocp.StandardCheckpointHandler(), "note": ocp.JsonCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     def __enter__(self) -> "Checkpoints":
         return self
