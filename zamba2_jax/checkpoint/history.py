@@ -60,9 +60,8 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with contextlib.nullcontext() if error is None else contextlib.suppress(OSError):
+        with contextlib.closing(self._manager), contextlib.suppress(*(() if error is None else (OSError,))):
             self.wait()
-        self._manager.close()
 
     @property
     def steps(self) -> list[int]:

@@ -61,7 +61,8 @@ class Train:
             # The others may be gone, and an orderly exit would wait for them.
             print(
                 f"zamba2: process {jax.process_index()} of {jax.process_count()} gives up: {error}\n"
-                "Start all processes again with the same command; the run goes on from its last checkpoint.",
+                "When the cause is gone, start all processes again with the same command: "
+                "the run goes on from its last checkpoint.",
                 file=sys.stderr,
                 flush=True,
             )

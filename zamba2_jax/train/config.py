@@ -66,11 +66,6 @@ class MeshConfig:
     tensor: int = 1
     sequence: int = 1
 
-    @property
-    def size(self) -> int:
-        """Devices in the mesh."""
-        return self.data * self.fsdp * self.tensor * self.sequence
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:

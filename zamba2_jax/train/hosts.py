@@ -2,7 +2,7 @@
 
 import contextlib
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import jax
 from jax.experimental import multihost_utils
@@ -36,22 +36,34 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def host_share(mesh: Mesh, batch_size: int, length: int) -> tuple[int, int]:
     """Which part of the rows of a batch this process reads, of how many: its index and their count.
 
-    Processes that hold the same rows, as those along `tensor` do, read the same part.
-
     Raises:
-        ValueError: some rows are in two parts that are not the same.
+        ValueError: as `shares`.
     """
     rows: dict[int, set[tuple[int, int]]] = {}
     places = batch_sharding(mesh).devices_indices_map((batch_size, length))
     for device in mesh.devices.flat:
         rows.setdefault(device.process_index, set()).add(places[device][0].indices(batch_size)[:2])
-    parts = sorted({tuple(sorted(part)) for part in rows.values()})
-    pieces = [piece for part in parts for piece in part]
-    if len(set(pieces)) < len(pieces) or len({len(part) for part in parts}) > 1:
+    return shares(rows)[jax.process_index()]
+
+
+def shares(rows: Mapping[int, Collection[tuple[int, int]]]) -> dict[int, tuple[int, int]]:
+    """Which part of the rows each process reads, of how many.
+
+    Processes that hold the same rows, as those along `tensor` do, read the same part.
+
+    Args:
+        rows: the ranges of rows that the devices of each process hold.
+
+    Raises:
+        ValueError: two processes hold some rows in common, but not all; or not the same number.
+    """
+    parts = sorted({tuple(sorted(ranges)) for ranges in rows.values()})
+    ranges = [range_ for part in parts for range_ in part]
+    if len(set(ranges)) < len(ranges) or len({len(part) for part in parts}) > 1:
         raise ValueError(
-            f"mesh {dict(mesh.shape)} gives the processes rows that overlap: expected data * fsdp to divide among them"
+            f"the mesh gives the processes these rows: {dict(rows)}; expected the same, or others, to each"
         )
-    return parts.index(tuple(sorted(rows[jax.process_index()]))), len(parts)
+    return {process: (parts.index(tuple(sorted(ranges))), len(parts)) for process, ranges in rows.items()}
 
 
 def place(batch: Batch, mesh: Mesh, batch_size: int) -> Batch:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import cast
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,6 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
-from tokenizers import Tokenizer
 
 from zamba2_jax.checkpoint.hf import load_hf
 from zamba2_jax.checkpoint.history import Checkpoints
@@ -29,7 +28,7 @@ from zamba2_jax.train.data import Batch, held_out
 from zamba2_jax.train.documents import Documents
 from zamba2_jax.train.flops import peak_flops, train_flops
 from zamba2_jax.train.hosts import batch_sharding, host_share, place, preemption, run_mesh
-from zamba2_jax.train.loop import AfterStep, DivergedError, Position, make_stages, train
+from zamba2_jax.train.loop import AfterStep, DivergedError, Position, Stage, make_stages, train
 from zamba2_jax.train.metrics import JsonLines, Record, Report, TensorBoard, TrainRecord, tee
 from zamba2_jax.train.progress import ProgressView
 from zamba2_jax.train.schedule import boundaries, learning_rate
@@ -55,66 +54,104 @@ def run(config: RunConfig, console: Console) -> bool:
         OSError: a file or directory cannot be read or written; with a checkpoint the last good one is named.
         DivergedError: `config.max_skipped` steps in a row were not finite.
     """
-    directory, is_first = Path(config.directory).resolve(), jax.process_index() == 0
-    mesh = run_mesh(config.mesh)
     with contextlib.ExitStack() as stack:
         preempted = stack.enter_context(preemption())
-        if is_first:
+        directory = Path(config.directory).resolve()
+        if jax.process_index() == 0:
             stack.enter_context(layout.claim(directory))
-        architecture = layout.resolve_architecture(config, directory)
-        check_mesh(architecture, mesh, batch=config.batch_size, length=config.length)
-        share = host_share(mesh, config.batch_size, config.length)
-        console.print("Opening the data")
-        tokenizer = layout.open_tokenizer(config, directory, architecture.vocab_size)
-        sources = _open(config.sources, tokenizer, architecture)
-        stages = make_stages(
-            config.phases, sources, batch_size=config.batch_size, length=config.length, seed=config.seed, share=share
-        )
-        unseen = _held_out(config, _open(config.evaluation.sources, tokenizer, architecture), mesh)
-        if is_first:
-            layout.write_run(config, architecture, tokenizer, directory)
-
-        stack.enter_context(jax.set_mesh(mesh))
+        plan = _prepare(config, directory, console)
+        stack.enter_context(jax.set_mesh(plan.mesh))
         keep = config.checkpoints
         checkpoints = stack.enter_context(
             Checkpoints(directory / layout.CHECKPOINTS, keep_last=keep.keep_last, keep_every=keep.keep_every)
         )
-        optimizer, total = config.optimizer.transformation(), boundaries(config.phases)[-1]
-        taken = checkpoints.steps[-1] if checkpoints.steps else 0
-        if taken >= total:
-            console.print(f"All {total} steps are done", highlight=False)
-            return True
-        console.print(f"Compiling; {taken} of {total} steps are done", highlight=False)
-        state, start = _start(config, architecture, mesh, optimizer, checkpoints)
-        step = compile_train_step(
+        total = boundaries(config.phases)[-1]
+        if not checkpoints.steps or checkpoints.steps[-1] < total:
+            _go_on(plan, checkpoints, preempted, console, stack)
+        done = checkpoints.steps[-1]
+        console.print(f"{done} of {total} steps are done; the last checkpoint is {checkpoints.latest}", soft_wrap=True)
+        return done == total
+
+
+class _Plan(NamedTuple):
+    """A run that has been found to be good.
+
+    Attributes:
+        config: what was asked for.
+        architecture: of the model.
+        directory: of the run.
+        mesh: over which it runs.
+        stages: the phases, with this process's part of their batches.
+        held_out: batches to evaluate on by name, on the mesh.
+    """
+
+    config: RunConfig
+    architecture: Zamba2Config
+    directory: Path
+    mesh: Mesh
+    stages: list[Stage]
+    held_out: dict[str, list[Batch]]
+
+
+def _prepare(config: RunConfig, directory: Path, console: Console) -> _Plan:
+    """Finds what can be wrong, opens the data, and writes down what the run is."""
+    mesh = run_mesh(config.mesh)
+    architecture = layout.resolve_architecture(config, directory)
+    check_mesh(architecture, mesh, batch=config.batch_size, length=config.length)
+    console.print("Opening the data")
+    tokenizer = layout.open_tokenizer(config, directory, architecture.vocab_size)
+
+    def open_all(sources: Mapping[str, SourceConfig]) -> dict[str, Documents]:
+        vocab_size = architecture.vocab_size
+        return {name: open_documents(source, tokenizer, vocab_size=vocab_size) for name, source in sources.items()}
+
+    sizes = {"batch_size": config.batch_size, "length": config.length}
+    stages = make_stages(
+        config.phases, open_all(config.sources), **sizes, seed=config.seed, share=host_share(mesh, **sizes)
+    )
+    unseen = {
+        name: [place(batch, mesh, config.batch_size) for batch in held_out(documents, **sizes)]
+        for name, documents in open_all(config.evaluation.sources).items()
+    }
+    if jax.process_index() == 0:
+        layout.write_run(config, architecture, tokenizer, directory)
+    return _Plan(config, architecture, directory, mesh, stages, unseen)
+
+
+def _go_on(
+    plan: _Plan,
+    checkpoints: Checkpoints,
+    preempted: Callable[[int], bool],
+    console: Console,
+    stack: contextlib.ExitStack,
+) -> None:
+    """Trains from the last checkpoint to the end, or until it is told to stop, and saves."""
+    config, mesh, optimizer = plan.config, plan.mesh, plan.config.optimizer.transformation()
+    taken = checkpoints.steps[-1] if checkpoints.steps else 0
+    console.print(f"Compiling; {taken} of {boundaries(config.phases)[-1]} steps are done")
+    state, start = _start(plan, optimizer, checkpoints)
+    schedule = learning_rate(config.phases, config.learning_rate)
+    step = compile_train_step(state, _abstract_batch(config, mesh), optimizer=optimizer, schedule=schedule)
+    report = _open_reports(plan, taken, console, stack) if jax.process_index() == 0 else _ignore
+    profiler = stack.enter_context(_Profiler(config.logging, plan.directory / layout.PROFILE))
+    try:
+        train(
             state,
-            _abstract_batch(config, mesh),
-            optimizer=optimizer,
-            schedule=learning_rate(config.phases, config.learning_rate),
+            lambda state, batch: step(state, place(batch, mesh, config.batch_size)),
+            plan.stages,
+            held_out=plan.held_out,
+            log_every=config.logging.every,
+            eval_every=config.evaluation.every,
+            report=report,
+            start=start,
+            after_step=_after_step(config, checkpoints, preempted, profiler),
+            max_skipped=config.max_skipped,
         )
-        report = _open_reports(config, architecture, directory, taken, console, stack) if is_first else _ignore
-        profiler = stack.enter_context(_Profiler(config.logging, directory / layout.PROFILE))
-        try:
-            state = train(
-                state,
-                lambda state, batch: step(state, place(batch, mesh, config.batch_size)),
-                stages,
-                held_out=unseen,
-                log_every=config.logging.every,
-                eval_every=config.evaluation.every,
-                report=report,
-                start=start,
-                after_step=_after_step(config, checkpoints, preempted, profiler),
-                max_skipped=config.max_skipped,
-            )
-        except DivergedError as error:
-            checkpoints.wait()
-            kept = f"the last checkpoint is {checkpoints.latest}" if checkpoints.steps else "there is no checkpoint yet"
-            raise DivergedError(f"{error}; {kept}") from error
+    except DivergedError as error:
         checkpoints.wait()
-        taken = int(state.step)
-        console.print(f"{taken} of {total} steps are done; the last checkpoint is {checkpoints.latest}", soft_wrap=True)
-        return taken == total
+        kept = f"the last checkpoint is {checkpoints.latest}" if checkpoints.steps else "there is no checkpoint yet"
+        raise DivergedError(f"{error}; {kept}") from error
+    checkpoints.wait()
 
 
 def abstract_state(config: Zamba2Config, optimizer: optax.GradientTransformation, mesh: Mesh, dtype: str) -> TrainState:
@@ -131,49 +168,27 @@ def abstract_state(config: Zamba2Config, optimizer: optax.GradientTransformation
 
 
 def _start(
-    config: RunConfig,
-    architecture: Zamba2Config,
-    mesh: Mesh,
-    optimizer: optax.GradientTransformation,
-    checkpoints: Checkpoints,
+    plan: _Plan, optimizer: optax.GradientTransformation, checkpoints: Checkpoints
 ) -> tuple[TrainState, Position | None]:
     """The state to go on from, and where it stands: the last checkpoint, or else the beginning."""
-    like = abstract_state(architecture, optimizer, mesh, config.dtype)
+    config = plan.config
+    like = abstract_state(plan.architecture, optimizer, plan.mesh, config.dtype)
     if checkpoints.steps:
         state, note = checkpoints.restore(checkpoints.steps[-1], like)
         return state, Position(**note)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
+    places = jax.tree.map(lambda leaf: leaf.sharding, like)
     if config.model.hf is not None:
-        model = load_hf(config.model.hf, dtype=config.dtype, mesh=mesh)
-        return jax.jit(lambda model: init_state(model, optimizer), out_shardings=shardings)(model), None
+        model = load_hf(config.model.hf, dtype=config.dtype, mesh=plan.mesh)
+        return jax.jit(lambda model: init_state(model, optimizer), out_shardings=places)(model), None
 
-    def init() -> TrainState:
-        return init_state(_random_model(architecture, config.seed, config.dtype), optimizer)
+    def begin() -> TrainState:
+        return init_state(_random_model(plan.architecture, config.seed, config.dtype), optimizer)
 
-    return jax.jit(init, out_shardings=shardings)(), None
+    return jax.jit(begin, out_shardings=places)(), None
 
 
 def _random_model(config: Zamba2Config, seed: int, dtype: str) -> Zamba2:
     return Zamba2(config, rngs=nnx.Rngs(seed), dtype=jnp.dtype(dtype))
-
-
-def _open(
-    sources: Mapping[str, SourceConfig], tokenizer: Tokenizer | None, architecture: Zamba2Config
-) -> dict[str, Documents]:
-    return {
-        name: open_documents(source, tokenizer, vocab_size=architecture.vocab_size) for name, source in sources.items()
-    }
-
-
-def _held_out(config: RunConfig, sources: Mapping[str, Documents], mesh: Mesh) -> dict[str, list[Batch]]:
-    """All held-out batches, on the mesh."""
-    return {
-        name: [
-            place(batch, mesh, config.batch_size)
-            for batch in held_out(documents, batch_size=config.batch_size, length=config.length)
-        ]
-        for name, documents in sources.items()
-    }
 
 
 def _abstract_batch(config: RunConfig, mesh: Mesh) -> Batch:
@@ -197,15 +212,9 @@ def _after_step(
     return after_step
 
 
-def _open_reports(
-    config: RunConfig,
-    architecture: Zamba2Config,
-    directory: Path,
-    taken: int,
-    console: Console,
-    stack: contextlib.ExitStack,
-) -> Report:
+def _open_reports(plan: _Plan, taken: int, console: Console, stack: contextlib.ExitStack) -> Report:
     """Terminal, JSON lines and TensorBoard, with what is measured here added to the records."""
+    config, directory = plan.config, plan.directory
     reports: list[Report] = [
         stack.enter_context(JsonLines(directory / layout.METRICS, append=True)),
         stack.enter_context(ProgressView(config.phases, console)),
@@ -213,8 +222,8 @@ def _open_reports(
     if config.logging.tensorboard:
         reports.append(stack.enter_context(TensorBoard(directory / layout.TENSORBOARD, first_step=taken + 1)))
     write = tee(*reports)
-    peaks = [peak_flops(device) for device in jax.devices()[: config.mesh.size]]
-    flops = train_flops(architecture, config.length)
+    peaks = [peak_flops(device) for device in plan.mesh.devices.flat]
+    flops = train_flops(plan.architecture, config.length)
 
     def report(record: Record) -> None:
         if isinstance(record, TrainRecord):
