@@ -1,4 +1,6 @@
+import dataclasses
 import itertools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ from tests.train.conftest import CONFIG
 from zamba2_jax.checkpoint.store import restore_state, save_state
 from zamba2_jax.train.data import held_out
 from zamba2_jax.train.documents import in_memory
-from zamba2_jax.train.loop import make_stages, train
+from zamba2_jax.train.loop import DivergedError, Position, make_stages, train
 from zamba2_jax.train.metrics import EvalRecord, TrainRecord
 from zamba2_jax.train.optimizer import AdamW
 from zamba2_jax.train.schedule import Phase, learning_rate
@@ -60,22 +62,43 @@ def test_records_cover_every_step(model, stages, step):
 @pytest.mark.parametrize("stop", [2, 5, 7])
 def test_a_run_that_stops_and_goes_on_from_its_checkpoint_is_the_run_that_did_not(model, stages, step, tmp_path, stop):
     start = init_state(model, OPTIMIZER)
-    whole, records = run(start, lambda state, batch: step(copy(state), batch), stages, log_every=1)
+    whole, records = run(start, lambda state, batch: step(copy(state), batch), stages)
+    positions = []
 
-    def stopping(state, batch):
-        if int(state.step) == stop:
+    def after_step(state, taken, position):
+        if taken == stop:
             save_state(tmp_path / "checkpoint", state)
-            raise InterruptedError
-        return step(copy(state), batch)
+            positions.append(json.dumps(dataclasses.asdict(position())))
+        return taken == stop
 
-    with pytest.raises(InterruptedError):
-        run(start, stopping, stages)
+    stopped, before = run(start, lambda state, batch: step(copy(state), batch), stages, after_step=after_step)
+    assert int(stopped.step) == stop
     restored = restore_state(tmp_path / "checkpoint", jax.eval_shape(lambda: start))
-    resumed, rest = run(restored, step, stages, log_every=1)
-    losses = {(type(r), r.step): r.loss for r in records}
-    assert {(type(r), r.step): r.loss for r in rest} == {key: loss for key, loss in losses.items() if key[1] > stop}
+    resumed, rest = run(restored, step, stages, start=Position(**json.loads(positions[0])))
+    assert [untimed(record) for record in before + rest] == [untimed(record) for record in records]
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def untimed(record):
+    return dataclasses.replace(record, seconds=1, waited=1) if isinstance(record, TrainRecord) else record
+
+
+@pytest.mark.parametrize(("bad", "diverges"), [({2, 3, 4}, True), ({2, 3, 5, 6, 8, 9}, False)])
+def test_skipped_steps_in_a_row_end_the_run(model, stages, step, bad, diverges):
+    taken = []
+
+    def spoiled(state, batch):
+        taken.append(len(taken) + 1)
+        state, metrics = step(state, batch)
+        return state, metrics.replace(grad_norm=jnp.float32(jnp.inf if taken[-1] in bad else 1))
+
+    start = init_state(model, OPTIMIZER)
+    if diverges:
+        with pytest.raises(DivergedError, match="3 steps in a row, up to step 4 "):
+            run(start, spoiled, stages, max_skipped=3, log_every=2)
+    else:
+        assert int(run(start, spoiled, stages, max_skipped=3, log_every=2)[0].step) == 9
 
 
 def copy(state):

@@ -1,7 +1,9 @@
 import json
 import math
 
-from zamba2_jax.train.metrics import EvalRecord, JsonLines, TrainRecord, bits_per_byte, tee
+from tensorboardX.proto.event_pb2 import Event
+
+from zamba2_jax.train.metrics import EvalRecord, JsonLines, TensorBoard, TrainRecord, bits_per_byte, read_records, tee
 
 
 def train_record(**kwargs):
@@ -17,9 +19,56 @@ def test_lines_are_valid_json(tmp_path):
         write(EvalRecord(phase="p", step=3, held_out="prose", loss=2.0))
         lines = path.read_text().splitlines()  # there before the file is closed
     values = [json.loads(line, parse_constant=lambda name: 1 / 0) for line in lines]
-    assert values[0] == {"kind": "train", **vars(train_record())}
-    assert (values[1]["loss"], values[1]["grad_norm"]) == (None, None)
-    assert values[2] == {"kind": "eval", "phase": "p", "step": 3, "held_out": "prose", "loss": 2.0}
+    assert values[0] == {"kind": "train", **vars(train_record()), "perplexity": math.exp(2.5)}
+    assert (values[1]["loss"], values[1]["grad_norm"], values[1]["perplexity"]) == (None, None, None)
+    assert values[2] == {
+        "kind": "eval",
+        "phase": "p",
+        "step": 3,
+        "held_out": "prose",
+        "loss": 2.0,
+        "perplexity": math.exp(2.0),
+    }
+
+
+def test_a_run_that_goes_on_mends_the_last_line_and_its_records_win(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with JsonLines(path, append=True) as write:
+        for step in (1, 2, 3):
+            write(train_record(step=step, loss=1.0))
+        write(EvalRecord(phase="p", step=3, held_out="prose", loss=2.0))
+        write(EvalRecord(phase="p", step=3, held_out="code", loss=2.0))
+    path.write_bytes(path.read_bytes()[:-20])
+    with JsonLines(path, append=True) as write:
+        for step in (2, 3, 4):
+            write(train_record(step=step, loss=0.5))
+    found = [(record["kind"], record["step"], record["loss"]) for record in read_records(path)]
+    trained = [("train", step, loss) for step, loss in ((1, 1.0), (2, 0.5), (3, 0.5), (4, 0.5))]
+    assert found == [*trained[:3], ("eval", 3, 2.0), trained[3]]
+
+
+def test_tensorboard_has_the_numbers(tmp_path):
+    with TensorBoard(tmp_path, first_step=3) as write:
+        write(train_record(utilisation=0.25))
+        write(EvalRecord(phase="p", step=4, held_out="prose", loss=2.0))
+    values = {
+        value.tag: (event.step, value.simple_value) for event in events(tmp_path) for value in event.summary.value
+    }
+    assert values["train/loss"] == (3, 2.5)
+    assert values["train/tokens_per_second"] == (3, 20)
+    assert values["train/utilisation"] == (3, 0.25)
+    assert values["eval/prose/loss"] == (4, 2)
+    assert not {"train/step", "train/memory", "train/phase"} & set(values)  # a step is no curve; others are not known
+
+
+def events(directory):
+    """What the one event file in a directory holds: records of a length in 8 bytes, 4 of a checksum, data, 4 more."""
+    (file,) = directory.iterdir()
+    data = file.read_bytes()
+    while data:
+        size = int.from_bytes(data[:8], "little")
+        yield Event.FromString(data[12 : 12 + size])
+        data = data[16 + size :]
 
 
 def test_units():

@@ -1,11 +1,11 @@
 """Training checkpoints: any pytree of arrays, with Orbax."""
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax import nnx
 
@@ -28,7 +28,7 @@ def save_state(directory: str | os.PathLike[str], state: object) -> None:
     if path.exists():
         raise FileExistsError(f"{path} exists, expected a new directory for the checkpoint")
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(path, _named_arrays(state))
+        checkpointer.save(path, named_arrays(state))
 
 
 def restore_state(directory: str | os.PathLike[str], like: Tree) -> Tree:
@@ -44,21 +44,17 @@ def restore_state(directory: str | os.PathLike[str], like: Tree) -> Tree:
         ValueError: the checkpoint holds other arrays; all differences are listed.
     """
     path = Path(directory).resolve()
-    target = {name: _abstract(array) for name, array in _named_arrays(like).items()}
+    target = abstract_arrays(like)
     with ocp.StandardCheckpointer() as checkpointer:
         stored = checkpointer.metadata(path).item_metadata if path.is_dir() else None
         if stored is None:
             raise FileNotFoundError(f"no checkpoint at {path}")
-        differences = _differences({name: (stored[name].shape, stored[name].dtype) for name in stored}, target)
-        if differences:
-            listed = "\n  ".join(differences)
-            raise ValueError(f"the checkpoint at {path} is of another state:\n  {listed}")
+        check_stored(stored, target, path)
         arrays = checkpointer.restore(path, target)
-    leaves, structure = jax.tree.flatten(like)
-    return jax.tree.unflatten(structure, [arrays[name] for name, _ in zip(target, leaves, strict=True)])
+    return with_arrays(like, arrays)
 
 
-def _named_arrays(tree: object) -> dict[str, jax.Array | jax.ShapeDtypeStruct]:
+def named_arrays(tree: object) -> dict[str, jax.Array | jax.ShapeDtypeStruct]:
     """Every array of a pytree by its path, in the order of its leaves."""
     leaves, _ = jax.tree.flatten_with_path(tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
     named = {}
@@ -68,18 +64,38 @@ def _named_arrays(tree: object) -> dict[str, jax.Array | jax.ShapeDtypeStruct]:
     return named
 
 
-def _abstract(array: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    sharding = array.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+def with_arrays(like: Tree, arrays: Mapping[str, jax.Array]) -> Tree:
+    """The pytree with the arrays that `named_arrays` would name so in it."""
+    leaves, structure = jax.tree.flatten(like)
+    return jax.tree.unflatten(structure, [arrays[name] for name, _ in zip(named_arrays(like), leaves, strict=True)])
 
 
-def _differences(
-    stored: dict[str, tuple[tuple[int, ...], jnp.dtype]], target: dict[str, jax.ShapeDtypeStruct]
-) -> list[str]:
+def abstract_arrays(tree: object) -> dict[str, jax.ShapeDtypeStruct]:
+    """Every array's shape, dtype and sharding by its path; the default device where it has no sharding."""
+    default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return {
+        name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding or default)
+        for name, array in named_arrays(tree).items()
+    }
+
+
+def check_stored(stored: Mapping[str, Any], target: Mapping[str, jax.ShapeDtypeStruct], path: Path) -> None:
+    """Whether a checkpoint holds the arrays that are wanted.
+
+    Args:
+        stored: what has a shape and a dtype, by the path of each array in the checkpoint.
+        target: the arrays wanted.
+        path: of the checkpoint, for the message.
+
+    Raises:
+        ValueError: it holds other arrays; all differences are listed.
+    """
     lines = [f"{name}: missing in the checkpoint" for name in target if name not in stored]
     lines += [f"{name}: in the checkpoint only" for name in stored if name not in target]
     for name, array in target.items():
-        if name in stored and stored[name] != (array.shape, array.dtype):
-            shape, dtype = stored[name]
+        if name in stored and (stored[name].shape, stored[name].dtype) != (array.shape, array.dtype):
+            shape, dtype = stored[name].shape, stored[name].dtype
             lines.append(f"{name}: {dtype}{list(shape)} in the checkpoint, expected {array.dtype}{list(array.shape)}")
-    return lines
+    if lines:
+        listed = "\n  ".join(lines)
+        raise ValueError(f"the checkpoint at {path} is of another state:\n  {listed}")

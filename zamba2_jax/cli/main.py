@@ -32,11 +32,15 @@ class Entry(NamedTuple):
 COMMANDS = {
     "chat": Entry("zamba2_jax.cli.chat", "Chat", "Talk with a model."),
     "demo": Entry("zamba2_jax.cli.demo", "Demo", "Train a small Zamba2 on text this Python carries, and let it write."),
+    "export": Entry(
+        "zamba2_jax.cli.export", "Export", "Write a checkpoint of a training run as a Hugging Face checkpoint."
+    ),
     "generate": Entry("zamba2_jax.cli.generate", "Generate", "Continue prompts with a model."),
     "parity": Entry(
         "zamba2_jax.cli.parity", "Parity", "Compare this package with PyTorch and both with a float64 oracle."
     ),
     "tokenize": Entry("zamba2_jax.cli.tokenize", "Tokenize", "Turn texts into token files to train on."),
+    "train": Entry("zamba2_jax.cli.train", "Train", "Train a model, or go on with a run that was interrupted."),
 }
 
 

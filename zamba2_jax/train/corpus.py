@@ -157,6 +157,15 @@ def training_prose() -> list[Document]:
     return split_held_out(prose(), HELD_OUT_SHARE)[0]
 
 
+def held_out_prose() -> list[Document]:
+    """The prose that `training_prose` leaves out.
+
+    Raises:
+        OSError: as `prose`.
+    """
+    return split_held_out(prose(), HELD_OUT_SHARE)[1]
+
+
 def tokenize_embedded_corpus(vocab_size: int) -> TokenizedCorpus:
     """Reads the embedded corpus, holds prose out, and trains a tokenizer on equal amounts of prose and code.
 
@@ -166,13 +175,7 @@ def tokenize_embedded_corpus(vocab_size: int) -> TokenizedCorpus:
     """
     code_documents = code()
     prose_documents, held_out = split_held_out(prose(), HELD_OUT_SHARE)
-    room = sum(document.size for document in prose_documents)
-    sample = [document.text for document in prose_documents]
-    for document in code_documents:
-        if document.size <= room:
-            sample.append(document.text)
-            room -= document.size
-    tokenizer = train_tokenizer(sample, vocab_size)
+    tokenizer = _train_tokenizer(code_documents, prose_documents, vocab_size)
 
     def encode(documents: Sequence[Document]) -> Documents:
         return in_memory(encode_documents(tokenizer, [document.text for document in documents]))
@@ -183,6 +186,26 @@ def tokenize_embedded_corpus(vocab_size: int) -> TokenizedCorpus:
         held_out=encode(held_out),
         held_out_size=sum(document.size for document in held_out),
     )
+
+
+def embedded_tokenizer(vocab_size: int) -> Tokenizer:
+    """The tokenizer that `tokenize_embedded_corpus` trains.
+
+    Raises:
+        OSError, ValueError: as there.
+    """
+    return _train_tokenizer(code(), training_prose(), vocab_size)
+
+
+def _train_tokenizer(code_documents: Sequence[Document], prose_documents: Sequence[Document], size: int) -> Tokenizer:
+    """Trained on all of the prose and as much of the code."""
+    room = sum(document.size for document in prose_documents)
+    sample = [document.text for document in prose_documents]
+    for document in code_documents:
+        if document.size <= room:
+            sample.append(document.text)
+            room -= document.size
+    return train_tokenizer(sample, size)
 
 
 def _plain(block: str) -> str:

@@ -1,19 +1,21 @@
 """The training loop: all the input and output around the pure step."""
 
 import contextlib
-import itertools
+import dataclasses
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import grain
 import jax
+import jax.numpy as jnp
 
 from zamba2_jax.train.data import Batch, batches
 from zamba2_jax.train.documents import Documents
 from zamba2_jax.train.metrics import EvalRecord, Report, TrainRecord
-from zamba2_jax.train.schedule import Phase
+from zamba2_jax.train.schedule import Phase, boundaries
 from zamba2_jax.train.step import StepMetrics, TrainState, TrainStep, evaluate
 
 
@@ -36,18 +38,48 @@ def make_stages(
     batch_size: int,
     length: int,
     seed: int,
+    share: tuple[int, int] = (0, 1),
 ) -> list[Stage]:
     """The phases with batches of `batch_size` rows of `length` tokens from the sources' documents.
 
-    Every phase shuffles its sources anew.
+    Every phase shuffles its sources anew. Of every batch the stages give the part `share`: its index, and of how many.
 
     Raises:
         ValueError: as `batches`.
     """
-    return [
-        Stage(phase, batches(sources, phase.shares, batch_size=batch_size, length=length, seed=(seed, number)))
-        for number, phase in enumerate(phases)
-    ]
+    make = partial(batches, sources, batch_size=batch_size, length=length, host_index=share[0], host_count=share[1])
+    return [Stage(phase, make(phase.shares, seed=(seed, number))) for number, phase in enumerate(phases)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Position:
+    """Where a run stands, beside its `TrainState`; `dataclasses.asdict` of it is for JSON.
+
+    Attributes:
+        stage: number of the stage.
+        done: steps taken in it.
+        data: state of its stream of batches.
+        unreported: the steps that no record covers yet, the values of `StepMetrics` of each.
+        seconds, waited: what they took; see `TrainRecord`.
+        bad: how many of the last steps, without a gap, were skipped, up to the last record.
+    """
+
+    stage: int
+    done: int
+    data: dict[str, Any]
+    unreported: list[list[float]]
+    seconds: float
+    waited: float
+    bad: int
+
+
+class DivergedError(RuntimeError):
+    """Too many steps in a row had a loss or a gradient that was not finite."""
+
+
+AfterStep = Callable[[TrainState, int, Callable[[], Position]], bool]
+"""Is given the state, the number of steps taken in all, and what tells the position, for which it waits for the last
+step; returns whether to stop."""
 
 
 def train(
@@ -59,11 +91,14 @@ def train(
     log_every: int,
     eval_every: int,
     report: Report,
+    start: Position | None = None,
+    after_step: AfterStep = lambda state, taken, position: False,
+    max_skipped: float = math.inf,
 ) -> TrainState:
-    """Runs the stages one after the other, from where `state` stands.
+    """Runs the stages one after the other.
 
-    A run that starts from a state saved on the way sees the batches, and so takes the steps, of one that never
-    stopped.
+    A run that starts from a state and a position told on the way takes the steps, and gives the records but for their
+    times, of one that never stopped.
 
     Args:
         state: its buffers are taken over.
@@ -73,39 +108,121 @@ def train(
         log_every: steps per training record; an evaluation ends a record too.
         eval_every: steps between evaluations, counted within a phase.
         report: is given every record.
+        start: where `state` stands; before the first step by default.
+        after_step: is called after every step and its records.
+        max_skipped: steps skipped in a row, seen when a record is made, that end the run.
+
+    Returns:
+        The state after the last step, or after that at which `after_step` stopped the run.
 
     Raises:
         ValueError: an interval is below 1.
+        DivergedError: `max_skipped` steps in a row were skipped.
     """
     for name, value in (("log_every", log_every), ("eval_every", eval_every)):
         if value < 1:
             raise ValueError(f"{name}={value}: expected an integer >= 1")
-    taken, first = int(state.step), 0
-    if not taken:
+    if start is None:
         _evaluate(state, stages[0].phase, 0, held_out, report)
-    for phase, stream in stages:
-        stretch: list[StepMetrics] = []
-        begin = time.perf_counter()
-        done_before = max(taken - first, 0)
-        for done, batch in enumerate(_between(stream, done_before, phase.steps), done_before + 1):
-            state, metrics = step(state, batch)
-            stretch.append(metrics)
-            due = done % eval_every == 0 or done == phase.steps
-            if due or done % log_every == 0:
-                report(_summarize(phase, first + done, jax.device_get(stretch), begin))
-                if due:
-                    _evaluate(state, phase, first + done, held_out, report)
-                stretch, begin = [], time.perf_counter()
-        first += phase.steps
+    log, ends = _Log(start), boundaries([stage.phase for stage in stages])
+    for number, ((phase, stream), end) in enumerate(zip(stages, ends, strict=True)):
+        first, done = end - phase.steps, _done_in(start, number, phase)
+        with contextlib.closing(iter(stream)) as data:
+            if start is not None and start.stage == number:
+                data.set_state(start.data)
+            while done < phase.steps:
+                state, metrics = step(state, log.next_batch(data))
+                log.metrics.append(metrics)
+                done += 1
+                due = done % eval_every == 0 or done == phase.steps
+                if due or done % log_every == 0:
+                    report(log.make_record(phase, first + done, max_skipped))
+                    if due:
+                        _evaluate(state, phase, first + done, held_out, report)
+                    log.start_clock()
+                if after_step(state, first + done, partial(_position, number, done, data, log)):
+                    return state
     return state
 
 
-def _between(stream: grain.IterDataset[Batch], first: int, stop: int) -> Iterator[Batch]:
-    """The batches with numbers from `first` up to `stop`, exclusive."""
-    iterator = iter(stream)
-    grain.experimental.set_next_index(iterator, first)
-    with contextlib.closing(iterator):
-        yield from itertools.islice(iterator, max(stop - first, 0))
+class _Log:
+    """The steps since the last record.
+
+    Attributes:
+        metrics: of each step.
+        waited: seconds that they waited for their batches.
+        bad: as in `Position`.
+    """
+
+    def __init__(self, start: Position | None):
+        self.metrics = [] if start is None else [StepMetrics(*map(jnp.asarray, row)) for row in start.unreported]
+        self.waited, self.bad = (0.0, 0) if start is None else (start.waited, start.bad)
+        self._begin = time.perf_counter() - (0 if start is None else start.seconds)
+
+    @property
+    def seconds(self) -> float:
+        """Since the last record and what was done upon it."""
+        return time.perf_counter() - self._begin
+
+    def start_clock(self) -> None:
+        """The next record covers the time from here on."""
+        self._begin = time.perf_counter()
+
+    def next_batch(self, data: Iterator[Batch]) -> Batch:
+        """The next batch, and the time until it is there."""
+        begin = time.perf_counter()
+        batch = next(data)
+        self.waited += time.perf_counter() - begin
+        return batch
+
+    def make_record(self, phase: Phase, step: int, max_skipped: float) -> TrainRecord:
+        """The record of the steps up to `step`, which are then forgotten.
+
+        Raises:
+            DivergedError: as `train`.
+        """
+        steps = jax.device_get(self.metrics)
+        for metrics in steps:
+            self.bad = 0 if math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm) else self.bad + 1
+            if self.bad >= max_skipped:
+                raise DivergedError(
+                    f"{self.bad} steps in a row, up to step {step} or shortly before, had a loss or a "
+                    "gradient that is not finite, and were skipped"
+                )
+        finite = [float(metrics.loss) for metrics in steps if math.isfinite(metrics.loss)]
+        record = TrainRecord(
+            phase=phase.name,
+            step=step,
+            loss=sum(finite) / len(finite) if finite else math.nan,
+            grad_norm=float(steps[-1].grad_norm),
+            learning_rate=float(steps[-1].learning_rate),
+            tokens=sum(int(metrics.tokens) for metrics in steps),
+            seconds=self.seconds,
+            skipped=int(steps[-1].skipped),
+            waited=self.waited,
+        )
+        self.metrics, self.waited = [], 0.0
+        return record
+
+
+def _done_in(start: Position | None, stage: int, phase: Phase) -> int:
+    """Steps of a stage that lie before the start."""
+    if start is None or stage > start.stage:
+        return 0
+    return start.done if stage == start.stage else phase.steps
+
+
+def _position(stage: int, done: int, data: grain.DatasetIterator[Batch], log: _Log) -> Position:
+    rows = [[value.item() for value in dataclasses.astuple(metrics)] for metrics in jax.device_get(log.metrics)]
+    return Position(
+        stage=stage,
+        done=done,
+        data=data.get_state(),
+        unreported=rows,
+        seconds=log.seconds,
+        waited=log.waited,
+        bad=log.bad,
+    )
 
 
 def _evaluate(
@@ -113,17 +230,3 @@ def _evaluate(
 ) -> None:
     for name, rows in held_out.items():
         report(EvalRecord(phase=phase.name, step=step, held_out=name, loss=evaluate(state.model, rows)))
-
-
-def _summarize(phase: Phase, step: int, stretch: Sequence[StepMetrics], begin: float) -> TrainRecord:
-    finite = [float(metrics.loss) for metrics in stretch if math.isfinite(metrics.loss)]
-    return TrainRecord(
-        phase=phase.name,
-        step=step,
-        loss=sum(finite) / len(finite) if finite else math.nan,
-        grad_norm=float(stretch[-1].grad_norm),
-        learning_rate=float(stretch[-1].learning_rate),
-        tokens=sum(int(metrics.tokens) for metrics in stretch),
-        seconds=time.perf_counter() - begin,
-        skipped=int(stretch[-1].skipped),
-    )

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,9 @@ class TrainRecord:
         tokens: trained on in the stretch.
         seconds: the stretch took, without evaluation.
         skipped: steps skipped since the start of the run, their loss or gradient not being finite.
+        waited: seconds of those that the steps waited for their batches.
+        memory: bytes, the most that a device of this process held so far, or the process where devices do not say.
+        utilisation: model FLOP/s over what the devices can do at most, None where that is not known; see `train.flops`.
     """
 
     phase: str
@@ -31,11 +35,19 @@ class TrainRecord:
     tokens: int
     seconds: float
     skipped: int
+    waited: float = 0.0
+    memory: int | None = None
+    utilisation: float | None = None
 
     @property
     def tokens_per_second(self) -> float:
         """Speed over the stretch."""
         return self.tokens / self.seconds
+
+    @property
+    def perplexity(self) -> float:
+        """Of the loss."""
+        return perplexity(self.loss)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +66,11 @@ class EvalRecord:
     held_out: str
     loss: float
 
+    @property
+    def perplexity(self) -> float:
+        """Of the loss."""
+        return perplexity(self.loss)
+
 
 Record = TrainRecord | EvalRecord
 Report = Callable[[Record], None]
@@ -62,8 +79,11 @@ Report = Callable[[Record], None]
 class JsonLines:
     """Writes records to a file as they come, one JSON object a line; a number that is not finite becomes null."""
 
-    def __init__(self, path: Path):
-        self._file = path.open("w", encoding="utf-8")
+    def __init__(self, path: Path, *, append: bool = False):
+        """A new file, or with `append` the lines of an earlier one kept, but for a last one that was cut off."""
+        if append and path.exists():
+            _cut_partial_line(path)
+        self._file = path.open("a" if append else "w", encoding="utf-8")
 
     def __enter__(self) -> "JsonLines":
         return self
@@ -75,13 +95,56 @@ class JsonLines:
 
     def __call__(self, record: Record) -> None:
         """Writes one record."""
-        values = {"kind": "train" if isinstance(record, TrainRecord) else "eval", **dataclasses.asdict(record)}
+        values = {"kind": _kind(record), **dataclasses.asdict(record), "perplexity": record.perplexity}
         finite = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in values.items()
         }
         self._file.write(json.dumps(finite) + "\n")
         self._file.flush()
+
+
+class TensorBoard:
+    """Writes the numbers of records to event files."""
+
+    def __init__(self, directory: Path, *, first_step: int):
+        """Into a directory that may hold earlier files; what they say from `first_step` on is hidden."""
+        # Only a run needs it, and it takes half a second to import.
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(str(directory), purge_step=first_step)
+
+    def __enter__(self) -> "TensorBoard":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._writer.close()
+
+    def __call__(self, record: Record) -> None:
+        """Writes one record."""
+        group = f"eval/{record.held_out}" if isinstance(record, EvalRecord) else "train"
+        values = {**dataclasses.asdict(record), "perplexity": record.perplexity}
+        if isinstance(record, TrainRecord):
+            values["tokens_per_second"] = record.tokens_per_second
+        for name, value in values.items():
+            if isinstance(value, int | float) and name != "step":
+                self._writer.add_scalar(f"{group}/{name}", value, record.step)
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The lines of a run, each step's last one of its kind, in the order of the steps.
+
+    A run that was interrupted repeats steps that came after its last checkpoint.
+
+    Raises:
+        ValueError: a line is not JSON.
+        OSError: there is no such file.
+    """
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    last = {(line["step"], line["kind"] == "eval", line.get("held_out", "")): line for line in lines}
+    return [last[key] for key in sorted(last)]
 
 
 def tee(*reports: Report) -> Report:
@@ -94,6 +157,20 @@ def tee(*reports: Report) -> Report:
     return report
 
 
+def perplexity(nats_per_token: float) -> float:
+    """The exponential of a loss; infinite where it is too large for a float."""
+    return math.exp(nats_per_token) if not nats_per_token > 700 else math.inf
+
+
 def bits_per_byte(nats_per_token: float, tokens: int, size: int) -> float:
     """A loss per token in the unit that does not depend on the tokenizer, for a text of `tokens` and `size` bytes."""
     return nats_per_token / math.log(2) * tokens / size
+
+
+def _kind(record: Record) -> str:
+    return "train" if isinstance(record, TrainRecord) else "eval"
+
+
+def _cut_partial_line(path: Path) -> None:
+    with path.open("rb+") as file:
+        file.truncate(file.read().rfind(b"\n") + 1)

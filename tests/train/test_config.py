@@ -1,0 +1,132 @@
+import dataclasses
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.train.runs import ARCHITECTURE, table
+from zamba2_jax.config import Zamba2Config
+from zamba2_jax.train.config import RunConfig, differences, from_table, load_config
+
+EXAMPLE = Path(__file__).parents[2] / "experiments" / "nano.toml"
+
+
+def changed(values, path, value):
+    """A copy with one value set, or removed if it is `del`."""
+    values = json.loads(json.dumps(values))
+    *parents, last = path.split(".")
+    at = values
+    for key in parents:
+        at = at[int(key) if isinstance(at, list) else key]
+    if value is del_:
+        del at[last]
+    else:
+        at[last] = value
+    return values
+
+
+del_ = object()
+
+
+def test_the_example_says_the_defaults_and_can_be_overridden():
+    config = load_config(EXAMPLE, ["phases.1.steps=9", "phases.1.warmup_steps = 1", "directory=/x y", "mesh.tensor=2"])
+    assert (config.phases[0].steps, config.phases[1].steps, config.phases[1].warmup_steps) == (240, 9, 1)
+    assert (config.directory, config.mesh.tensor) == ("/x y", 2)
+    assert config.model.resolve() == Zamba2Config.preset("zamba2-nano")
+    assert config.optimizer == RunConfig.__dataclass_fields__["optimizer"].default_factory()
+
+
+def test_what_is_saved_is_what_was_read(tmp_path):
+    config = from_table(RunConfig, table(tmp_path))
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config.as_dict()))
+    assert load_config(path) == config
+    assert differences(config, load_config(path)) == []
+
+
+def test_an_architecture_is_checked_and_may_be_infinite(tmp_path):
+    config = from_table(
+        RunConfig, table(tmp_path, model={"architecture": {**ARCHITECTURE, "time_step_limit": [0.1, math.inf]}})
+    )
+    assert config.model.resolve().time_step_limit == (0.1, math.inf)
+    config = from_table(RunConfig, table(tmp_path, model={"architecture": {**ARCHITECTURE, "num_layer": 1}}))
+    with pytest.raises(ValueError, match=r"model\.architecture\.num_layer is unknown: did you mean 'num_layers'\?"):
+        config.model.resolve()
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("batchsize", 3, "batchsize is unknown: did you mean 'batch_size'?"),
+        ("optimizer", {"beta": 1}, "optimizer.beta is unknown: expected one of b1, b2, eps"),
+        ("phases.1.step", 3, "phases.1.step is unknown: did you mean 'steps'?"),
+        ("phases.1.steps", del_, "phases.1.steps missing"),
+        ("learning_rate", del_, "learning_rate missing"),
+        ("batch_size", 0, "batch_size=0: expected at least 1"),
+        ("batch_size", 2.5, "batch_size=2.5: expected an integer"),
+        ("batch_size", True, "batch_size=True: expected an integer"),
+        ("learning_rate", "fast", "learning_rate='fast': expected a number"),
+        ("learning_rate", -1, "peak learning rate=-1.0: expected a finite number > 0"),
+        ("length", 1, "length=1: expected at least 2"),
+        ("seed", -1, "seed=-1: expected an integer in [0, 2^31)"),
+        ("dtype", "float8", "dtype='float8': expected one of float32, bfloat16"),
+        ("checkpoints.every", 0, "checkpoints.every=0: expected at least 1"),
+        ("logging.profile_start", 0, "logging.profile_start=0: expected at least 1"),
+        ("phases.0.shares", {"aa": 1.0}, "phase 'first': shares name 'aa': did you mean 'a'?"),
+        ("phases.0.shares", {"a": 0.5}, "phase 'first': shares={'a': 0.5}: expected a sum of 1"),
+        ("phases", 3, "phases=3: expected a list"),
+        ("mesh", 3, "mesh is 3: expected a table"),
+        ("model", {}, "model: nothing is given: expected one of preset, architecture, hf"),
+        ("model.preset", "zamba2-tiny", "model: ['preset', 'architecture'] is given: expected one of"),
+        ("sources.a.kind", "txt", "sources.a.kind='txt': expected one of text, jsonl"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, path, value, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        from_table(RunConfig, changed(table(tmp_path), path, value))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("seed", "--set seed: expected key=value"),
+        ("phases.2.steps=1", "--set phases.2.steps=1: phases has the entries 0 to 1, not 2"),
+        ("seed.x=1", "--set seed.x=1: seed is 0, expected a table"),
+        ("sed=1", "sed is unknown: did you mean 'seed'?"),
+        ("seed=one", "seed='one': expected an integer"),
+    ],
+)
+def test_overrides_that_are_wrong(override, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_config(EXAMPLE, [override])
+
+
+def test_a_file_that_is_no_toml(tmp_path):
+    (tmp_path / "run.toml").write_text("seed = = 1")
+    with pytest.raises(ValueError, match=r"run\.toml is not valid: Invalid value \(at line 1, column 8\)"):
+        load_config(tmp_path / "run.toml")
+
+
+def test_what_may_change_when_a_run_goes_on(tmp_path):
+    values = table(tmp_path)
+    before = from_table(RunConfig, values)
+    for path, value in {
+        "mesh": {"data": 2},
+        "directory": "/elsewhere",
+        "checkpoints.every": 2,
+        "evaluation.every": 2,
+        "logging.every": 2,
+        "max_skipped": 2,
+        "phases": [*values["phases"], {"name": "third", "steps": 3, "shares": {"b": 1.0}}],
+        "sources": {**values["sources"], "c": values["sources"]["b"]},
+    }.items():
+        assert differences(before, from_table(RunConfig, changed(values, path, value))) == [], path
+    after = changed(changed(values, "phases.1.steps", 9), "sources.a.field", "content")
+    assert differences(before, from_table(RunConfig, after)) == [
+        "sources.a.field: 'text' before, 'content' now",
+        "phases.1.steps: 6 before, 9 now",
+    ]
+    shorter = dataclasses.replace(before, phases=before.phases[:1])
+    assert "phases.1.name: 'second' before, None now" in differences(before, shorter)

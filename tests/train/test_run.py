@@ -1,0 +1,210 @@
+import dataclasses
+import math
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from rich.console import Console
+from tokenizers import Tokenizer
+
+from tests.train.runs import ARCHITECTURE, config, numbers, table
+from zamba2_jax.checkpoint.hf import load_hf
+from zamba2_jax.checkpoint.history import Checkpoints
+from zamba2_jax.cli.main import main
+from zamba2_jax.train import run as run_module
+from zamba2_jax.train.directory import NAMES, claim
+from zamba2_jax.train.hosts import run_mesh
+from zamba2_jax.train.loop import DivergedError
+from zamba2_jax.train.metrics import read_records
+from zamba2_jax.train.run import abstract_state, run
+
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_once(tmp_path_factory):
+    """What one run has compiled, the next one loads."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.1,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in options}
+    for values in (options, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if values is options:
+            yield
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """Has SIGTERM come just before a step."""
+    compile_train_step, stop = run_module.compile_train_step, []
+
+    def compile_stopping(*args, **kwargs):
+        step = compile_train_step(*args, **kwargs)
+
+        def stopping(state, batch):
+            if int(state.step) + 1 in stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return step(state, batch)
+
+        return stopping
+
+    monkeypatch.setattr(run_module, "compile_train_step", compile_stopping)
+    return stop.append
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def whole(home):
+    """A run that was never interrupted."""
+    logging = {"every": 3, "tensorboard": True, "profile_start": 2, "profile_steps": 1}
+    values = config(home, directory=str(home / "whole"), logging=logging)
+    assert run(values, QUIET)
+    return values
+
+
+def last_state(values):
+    mesh, optimizer = run_mesh(values.mesh), values.optimizer.transformation()
+    with Checkpoints(Path(values.directory) / "checkpoints", read_only=True) as checkpoints:
+        like = abstract_state(values.model.resolve(), optimizer, mesh, values.dtype)
+        return checkpoints.restore(checkpoints.steps[-1], like)[0]
+
+
+def records_of(values):
+    return read_records(Path(values.directory) / "metrics.jsonl")
+
+
+def assert_equal(tree, other):
+    for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_run_leaves_what_it_says(whole):
+    found = {path.name for path in Path(whole.directory).iterdir()}
+    assert found == {*NAMES, ".lock"}
+    records = records_of(whole)
+    steps = {kind: [record["step"] for record in records if record["kind"] == kind] for kind in ("train", "eval")}
+    assert steps == {"train": [3, 5, 6, 7, 10, 12, 13], "eval": [0, 5, 7, 12, 13]}
+    assert records[-1]["loss"] < records[0]["loss"] - 0.3
+    trained = [record for record in records if record["kind"] == "train"]
+    assert all(record["memory"] > 2**27 and 0 <= record["waited"] <= record["seconds"] for record in trained)
+    assert [record["utilisation"] for record in trained] == [None] * len(trained)  # nobody knows the peak of a CPU
+    assert list((Path(whole.directory) / "profile").rglob("*.xplane.pb"))
+
+
+def test_a_run_that_is_told_to_stop_goes_on_as_if_it_never_had(home, whole, stop_at):
+    values = config(home, directory=str(home / "stopped"))
+    for step in (2, 6, 7, 11):  # between two records, at the end of one, at the end of a phase, in the second phase
+        stop_at(step)
+        assert not run(values, QUIET)
+        assert int(last_state(values).step) == step
+        with (home / "stopped" / "metrics.jsonl").open("a") as metrics:
+            metrics.write('{"kind": "tra')  # as a kill in the middle of a line leaves it
+    for _ in range(2):  # the second time there is nothing to do
+        assert run(values, QUIET)
+        assert_equal(last_state(values), last_state(whole))
+        assert numbers(records_of(values)) == numbers(records_of(whole))
+
+
+def test_phases_can_be_appended(home, whole):
+    shutil.copytree(whole.directory, home / "longer")
+    third = {"name": "third", "steps": 2, "shares": {"b": 1.0}}
+    values = config(home, directory=str(home / "longer"), phases=[*table(home)["phases"], third])
+    assert run(values, QUIET)
+    assert [record["step"] for record in records_of(values) if record["phase"] == "third"] == [15, 15]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_over_other_meshes(home, whole, stop_at):
+    meshes = [{"data": 2, "fsdp": 2, "tensor": 2}, {"sequence": 2, "tensor": 2}, {"fsdp": 2}]
+    directory = str(home / "meshes")
+    for step, mesh in zip((4, 9, None), meshes, strict=True):
+        stop_at(step)
+        values = config(home, directory=directory, mesh=mesh)
+        assert run(values, QUIET) == (step is None)
+        state = last_state(values)
+        # The moments of the optimizer are where their parameters are.
+        mu = state.opt_state[1].mu
+        assert mu.embed[...].sharding == state.model.embed[...].sharding
+        assert len(mu.embed[...].sharding.device_set) == math.prod(mesh.values())
+    losses = [[record["loss"] for record in records_of(run_)[:12]] for run_ in (values, whole)]
+    np.testing.assert_allclose(*losses, rtol=1e-5)  # sums in another order, over 13 steps
+
+
+def test_an_export_is_the_model_and_a_run_can_begin_with_it(home, whole, tmp_path, capsys):
+    out = tmp_path / "hf"
+    assert main(["export", "--run", whole.directory, "--step", "13", "--out", str(out)]) == 0
+    model = load_hf(out)
+    assert model.config == whole.model.resolve()
+    with Checkpoints(Path(whole.directory) / "checkpoints", read_only=True) as checkpoints:
+        assert_equal(model, checkpoints.restore_part(13, model, "model"))
+    assert Tokenizer.from_file(str(out / "tokenizer.json")).get_vocab_size() == 320
+    assert main(["export", "--run", whole.directory, "--step", "5", "--out", str(tmp_path / "other")]) == 2
+    assert "no checkpoint of step 5" in capsys.readouterr().err
+    assert main(["export", "--run", str(tmp_path), "--out", str(tmp_path / "other")]) == 2
+    assert f"{tmp_path} is not the directory of a run" in capsys.readouterr().err
+
+    further = config(home, directory=str(tmp_path / "further"), model={"hf": str(out)}, tokenizer=str(out))
+    assert run(further, QUIET)
+    start = records_of(further)[0]
+    assert (start["kind"], start["step"]) == ("eval", 0)
+    (end,) = [record["loss"] for record in records_of(whole) if (record["kind"], record["step"]) == ("eval", 13)]
+    assert start["loss"] == end
+
+
+def test_a_run_that_diverges_ends_and_names_its_last_checkpoint(home, tmp_path):
+    phases = [{"name": "steep", "steps": 40, "shares": {"a": 1.0}, "warmup_steps": 6, "decay": "constant"}]
+    values = config(home, directory=str(tmp_path / "run"), phases=phases, learning_rate=1e37, max_skipped=5)
+    with pytest.raises(DivergedError, match=r"5 steps in a row, .*; the last checkpoint is .*/checkpoints/\d+"):
+        run(values, QUIET)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(last_state(values).model)))
+
+
+def test_mistakes_are_found_before_anything_is_written(home, tmp_path, capsys):
+    run_path = tmp_path / "run"
+    good = table(home, directory=str(run_path))
+    (tmp_path / "bad.jsonl").write_text('{"txt": "x"}\n')
+    (tmp_path / "file").write_text("")
+    mistakes = [
+        ({"mesh": {"data": 3, "tensor": 3}}, "needs 9 devices, all sizes >= 1; 8 are there"),
+        ({"mesh": {"data": 3}}, "mesh data=3, fsdp=1 does not divide the batch, 8"),
+        ({"tokenizer": str(tmp_path / "none")}, f"{tmp_path / 'none'}: no such file, expected a tokenizer.json"),
+        ({"tokenizer": None}, "a source of kind 'jsonl' takes a tokenizer"),
+        ({"model": {"hf": str(tmp_path / "none")}}, f"{tmp_path / 'none'} is neither a directory nor the id of a hub"),
+        ({"model": {"architecture": {**ARCHITECTURE, "vocab_size": 300}}}, "outside the vocabulary of 300 tokens"),
+        ({"directory": str(tmp_path / "file")}, "file is a file: expected a directory for the run"),
+        ({"directory": str(tmp_path)}, "holds bad.jsonl, file, run: expected a new directory, or that of a run"),
+        ({"directory": "/proc/run"}, "/proc/run"),
+    ]
+    mistakes += [
+        ({"sources": {**good["sources"], "b": {"kind": "jsonl", "path": str(tmp_path / name)}}}, message)
+        for name, message in (("none", "none: no such file or directory"), ("bad.jsonl", "bad.jsonl, line 1: expected"))
+    ]
+    for changes, message in mistakes:
+        with pytest.raises((ValueError, OSError), match=re.escape(message)):
+            run(config(home, **{**good, **changes}), QUIET)
+        assert not run_path.exists() or [path.name for path in run_path.iterdir()] == [".lock"]
+
+
+def test_another_run_in_the_directory_is_left_alone(home, whole):
+    other = dataclasses.replace(whole, seed=1, batch_size=4)
+    with pytest.raises(
+        ValueError, match=r"with another config:\n  batch_size: 8 before, 4 now\n  seed: 0 before, 1 now"
+    ):
+        run(other, QUIET)
+    with claim(Path(whole.directory)), pytest.raises(BlockingIOError, match="another process is running in"):
+        run(whole, QUIET)

@@ -1,0 +1,137 @@
+"""Runs as processes: killed at any moment, and several that make one run."""
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from tests.train.runs import COMMAND, config, numbers, table
+from zamba2_jax.checkpoint.history import Checkpoints
+from zamba2_jax.train.hosts import run_mesh
+from zamba2_jax.train.metrics import read_records
+from zamba2_jax.train.run import abstract_state
+
+PHASES = [
+    {"name": "first", "steps": 30, "shares": {"a": 1.0}, "warmup_steps": 2},
+    {"name": "second", "steps": 30, "shares": {"a": 0.5, "b": 0.5}, "decay": "linear"},
+]
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts `zamba2 train` with a run in a directory, as a process with some devices."""
+    running = []
+
+    def start(directory, *options, devices=1, **changes):
+        values = table(tmp_path, directory=str(tmp_path / directory), phases=PHASES, **changes)
+        path = tmp_path / f"{directory}.json"
+        path.write_text(json.dumps(values))
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
+        cache["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        environment = os.environ | cache | {"XLA_FLAGS": flags}
+        command = [*COMMAND, "--config", str(path), *options]
+        with (tmp_path / f"{directory}.log").open("a") as log:
+            process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
+        running.append(process)
+        return process
+
+    yield start
+    for process in running:
+        process.kill()
+        process.communicate()
+
+
+def outcome(path, directory, **changes):
+    """Records and last state of a run, on one device of this process."""
+    values = config(path, directory=str(path / directory), phases=PHASES, **changes)
+    like = abstract_state(
+        values.model.resolve(), values.optimizer.transformation(), run_mesh(config(path).mesh), values.dtype
+    )
+    with Checkpoints(path / directory / "checkpoints", read_only=True) as checkpoints:
+        state, _ = checkpoints.restore(checkpoints.steps[-1], like)
+    return read_records(path / directory / "metrics.jsonl"), jax.device_get(state)
+
+
+def assert_same(one, other):
+    assert numbers(one[0]) == numbers(other[0])
+    for a, b in zip(jax.tree.leaves(one[1]), jax.tree.leaves(other[1]), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def wait_for_lines(path, count, process):
+    """Waits until a file has so many lines, or the process has ended."""
+    while process.poll() is None and (not path.exists() or path.read_bytes().count(b"\n") < count):
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_again_and_again_is_the_run_that_was_not(tmp_path, start):
+    assert start("whole").wait(timeout=300) == 0
+    metrics, chance, kills = tmp_path / "killed" / "metrics.jsonl", random.Random(0), 0
+    for attempt in range(8):
+        process = start("killed")
+        if attempt < 5:
+            lines = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+            wait_for_lines(metrics, lines + chance.randint(1, 8), process)
+            time.sleep(chance.uniform(0, 0.05))
+            process.kill()
+        kills += process.wait(timeout=300) == -signal.SIGKILL
+        if process.returncode == 0:
+            break
+    assert kills >= 3
+    assert process.returncode == 0
+    assert_same(outcome(tmp_path, "killed"), outcome(tmp_path, "whole"))
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        return server.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_two_processes_make_one_run_and_survive_the_loss_of_one(tmp_path, start):
+    mesh = {"data": 2, "tensor": 2}
+
+    def start_both(directory, mesh=mesh):
+        port = free_port()
+        join = ("--coordinator", f"localhost:{port}", "--process-count", "2", "--process-id")
+        return [start(directory, *join, str(number), devices=2, mesh=mesh) for number in (0, 1)]
+
+    def finish(processes):
+        return [process.wait(timeout=300) for process in processes]
+
+    assert finish(start_both("whole")) == [0, 0]
+    assert start("alone", devices=4, mesh=mesh).wait(timeout=300) == 0
+    whole, alone = outcome(tmp_path, "whole"), outcome(tmp_path, "alone")
+    # The rows are the same ones, in the same order; sums over processes are in another, which training
+    # makes more of at every step.
+    np.testing.assert_allclose(*([record["loss"] for record in run[0][:15]] for run in (whole, alone)), rtol=1e-5)
+
+    metrics = tmp_path / "lost" / "metrics.jsonl"
+    for lost in (1, 0):
+        processes = start_both("lost")
+        lines = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+        wait_for_lines(metrics, lines + 5, processes[0])
+        processes[lost].kill()
+        begin = time.monotonic()
+        assert processes[1 - lost].wait(timeout=120) not in (0, -signal.SIGKILL)
+        assert time.monotonic() - begin < 100
+    log = (tmp_path / "lost.log").read_text()
+    assert "gives up" in log or "JAX distributed service detected fatal errors" in log
+
+    processes = start_both("lost")
+    wait_for_lines(metrics, metrics.read_bytes().count(b"\n") + 5, processes[0])
+    processes[1].terminate()  # one has the signal, both stop after the same step
+    assert finish(processes) == [0, 0]
+    assert len(read_records(metrics)) < len(whole[0])
+    assert finish(start_both("lost")) == [0, 0]
+    assert_same(outcome(tmp_path, "lost"), whole)

@@ -1,0 +1,36 @@
+"""`zamba2 export`: a checkpoint of a run as a Hugging Face checkpoint."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from zamba2_jax.train.export import export
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """Write a checkpoint of a training run as a Hugging Face checkpoint.
+
+    It holds the weights, the config and the tokenizer; `transformers` and `load_hf` read it. The run may be going on.
+    """
+
+    directory: Annotated[Path, tyro.conf.arg(name="run")]
+    """Directory of the run."""
+    out: Path
+    """Directory to write: new or empty."""
+    step: int | None = None
+    """Which checkpoint, by its step; the last one by default."""
+
+    def run(self) -> int:
+        """Writes the checkpoint and returns 0.
+
+        Raises:
+            ValueError: the run is not valid.
+            OSError: there is no such run or checkpoint, or the directory cannot be written.
+        """
+        step = export(self.directory, self.out, self.step)
+        Console(highlight=False).print(f"Step {step} is written to {self.out}", markup=False, soft_wrap=True)
+        return 0

@@ -1,0 +1,331 @@
+"""A training run as data: typed values, read from TOML or JSON, with every mistake named."""
+
+import dataclasses
+import difflib
+import json
+import math
+import tomllib
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from zamba2_jax.checkpoint.hf import local_directory
+from zamba2_jax.config import Zamba2Config
+from zamba2_jax.train.optimizer import AdamW
+from zamba2_jax.train.schedule import Phase, learning_rate
+from zamba2_jax.train.sources import SourceConfig
+
+T = TypeVar("T")
+
+EMBEDDED_TOKENIZER = "embedded"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model to train; exactly one of these.
+
+    Attributes:
+        preset: an architecture by name, with random weights.
+        architecture: the fields of `Zamba2Config`, with random weights.
+        hf: a checkpoint to start from, weights included: a directory or the id of a repository on the Hugging Face hub.
+
+    Raises:
+        ValueError: none or several are given.
+    """
+
+    preset: str | None = None
+    architecture: Mapping[str, Any] | None = None
+    hf: str | None = None
+
+    def __post_init__(self) -> None:
+        given = [field.name for field in dataclasses.fields(self) if getattr(self, field.name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"model: {given or 'nothing'} is given: expected one of preset, architecture, hf")
+
+    def resolve(self) -> Zamba2Config:
+        """The architecture.
+
+        Raises:
+            ValueError: it is not valid.
+            OSError: there is no such checkpoint.
+        """
+        if self.preset is not None:
+            return Zamba2Config.preset(self.preset)
+        if self.architecture is not None:
+            return from_table(Zamba2Config, self.architecture, "model.architecture")
+        return Zamba2Config.from_hf(local_directory(str(self.hf)))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """The sizes of the mesh's axes; see `zamba2_jax.sharding`."""
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+    sequence: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When to save and what to keep.
+
+    Attributes:
+        every: steps between checkpoints; one more is written at the end.
+        keep_last: checkpoints to keep.
+        keep_every: those whose step is a multiple of it are kept for good.
+    """
+
+    every: int = 1000
+    keep_last: int = 3
+    keep_every: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What to evaluate on, before the first step, at intervals and at the end of each phase.
+
+    Attributes:
+        every: steps between evaluations, counted within a phase.
+        sources: held-out documents by name; all of them are used every time.
+    """
+
+    every: int = 1000
+    sources: Mapping[str, SourceConfig] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """What is reported.
+
+    Attributes:
+        every: steps to a record, counted within a phase.
+        tensorboard: whether to write TensorBoard files beside metrics.jsonl.
+        profile_start: step after which `jax.profiler` starts to look, at least 1, None for never.
+        profile_steps: how many steps it looks at.
+    """
+
+    every: int = 10
+    tensorboard: bool = True
+    profile_start: int | None = None
+    profile_steps: int = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """A training run.
+
+    Attributes:
+        directory: of the run.
+        model: what to train.
+        tokenizer: "embedded", one trained on the embedded corpus, or a tokenizer.json or a directory that holds one;
+            None where all sources are token files.
+        sources: documents to train on, by the names that the shares of phases use.
+        phases: one after the other.
+        learning_rate: the peak that fractions in the phases are of.
+        batch_size: rows of a step, on all devices together.
+        length: tokens of a row.
+        optimizer: AdamW and its numbers.
+        seed: of the initial weights and the order of the data.
+        dtype: of the weight matrices; vectors are float32.
+        mesh: over which the run is divided.
+        checkpoints, evaluation, logging: what is written, and when.
+        max_skipped: so many steps in a row whose loss or gradient is not finite stop the run.
+
+    Raises:
+        ValueError: a value breaks a rule; the message names field, value and rule.
+    """
+
+    directory: str
+    model: ModelConfig
+    tokenizer: str | None = None
+    sources: Mapping[str, SourceConfig]
+    phases: tuple[Phase, ...]
+    learning_rate: float
+    batch_size: int
+    length: int
+    optimizer: AdamW = dataclasses.field(default_factory=AdamW)
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    mesh: MeshConfig = MeshConfig()
+    checkpoints: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    logging: LoggingConfig = LoggingConfig()
+    max_skipped: int = 20
+
+    def __post_init__(self) -> None:
+        at_least_one = {
+            "batch_size": self.batch_size,
+            "max_skipped": self.max_skipped,
+            "checkpoints.every": self.checkpoints.every,
+            "checkpoints.keep_last": self.checkpoints.keep_last,
+            "checkpoints.keep_every": self.checkpoints.keep_every,
+            "evaluation.every": self.evaluation.every,
+            "logging.every": self.logging.every,
+            "logging.profile_steps": self.logging.profile_steps,
+        }
+        for name, value in at_least_one.items():
+            _require(value is None or value >= 1, name, value, "at least 1")
+        _require(self.length >= 2, "length", self.length, "at least 2")
+        _require(0 <= self.seed < 2**31, "seed", self.seed, "an integer in [0, 2^31)")
+        start = self.logging.profile_start
+        _require(start is None or start >= 1, "logging.profile_start", start, "at least 1")
+        learning_rate(self.phases, self.learning_rate)
+        for phase in self.phases:
+            for name in phase.shares:
+                if name not in self.sources:
+                    raise ValueError(f"phase {phase.name!r}: shares name {name!r}{_nearest(name, self.sources)}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Tables for JSON, from which `from_table` makes the same value."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a run from a TOML file, or from JSON if the name ends so.
+
+    Args:
+        path: the file.
+        overrides: "key=value" each, keys as "phases.0.steps", values as TOML writes them; what is not TOML is text.
+
+    Raises:
+        ValueError: the file or an override is not valid, a key is unknown or missing, or a value breaks a rule.
+        OSError: the file cannot be read.
+    """
+    text = path.read_text(encoding="utf-8")
+    try:
+        table = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid: {error}") from error
+    for override in overrides:
+        _override(table, override)
+    return from_table(RunConfig, table)
+
+
+def from_table(kind: type[T], table: object, place: str = "") -> T:
+    """A dataclass from nested dicts and lists.
+
+    Args:
+        kind: its fields may be dataclasses, numbers, texts, `Literal`, and mappings, tuples and unions of such.
+        table: the values.
+        place: where the table stands, for messages.
+
+    Raises:
+        ValueError: a key is unknown or missing, a value has another type, or the dataclass refuses it.
+    """
+    fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    if not isinstance(table, Mapping):
+        raise ValueError(f"{place or 'the file'} is {table!r}: expected a table")
+    for key in table:
+        if key not in fields:
+            raise ValueError(f"{_join(place, key)} is unknown{_nearest(key, fields)}")
+    required = [name for name, field in fields.items() if field.default is field.default_factory is dataclasses.MISSING]
+    missing = [_join(place, name) for name in required if name not in table]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} missing")
+    types_ = get_type_hints(kind)
+    return kind(**{key: _convert(types_[key], value, _join(place, key)) for key, value in table.items()})
+
+
+# What may differ when a run goes on: it changes where, how fast and how often, but not the numbers, except by rounding.
+_FREE = ("directory", "mesh", "checkpoints", "evaluation", "logging", "max_skipped")
+
+
+def differences(before: RunConfig, now: RunConfig) -> list[str]:
+    """What forbids a run to go on with another config, a line each.
+
+    Phases may be appended, and sources for them. The mesh, checkpoints, evaluation and logging may differ.
+    """
+    old, new = before.as_dict(), now.as_dict()
+    new["phases"] = new["phases"][: len(old["phases"])]
+    new["sources"] = {name: source for name, source in new["sources"].items() if name in old["sources"]}
+    flat_old, flat_new = (_flatten({k: v for k, v in tree.items() if k not in _FREE}) for tree in (old, new))
+    return [
+        f"{key}: {flat_old.get(key)!r} before, {flat_new.get(key)!r} now"
+        for key in [*flat_old, *(key for key in flat_new if key not in flat_old)]
+        if flat_old.get(key) != flat_new.get(key)
+    ]
+
+
+def _convert(kind: Any, value: Any, place: str) -> Any:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if dataclasses.is_dataclass(kind):
+        return from_table(kind, value, place)  # type: ignore[arg-type]
+    if origin in (Union, types.UnionType):
+        inner = next(argument for argument in arguments if argument is not types.NoneType)
+        return None if value is None else _convert(inner, value, place)
+    if origin is Literal:
+        _require(value in arguments, place, value, f"one of {', '.join(map(str, arguments))}")
+        return value
+    if origin is Mapping:
+        _require(isinstance(value, dict), place, value, "a table")
+        return {key: _convert(arguments[1], item, _join(place, key)) for key, item in value.items()}
+    if origin is tuple:
+        _require(isinstance(value, list | tuple), place, value, "a list")
+        repeated = arguments[-1] is Ellipsis
+        _require(repeated or len(value) == len(arguments), place, value, f"{len(arguments)} values")
+        kinds = [arguments[0]] * len(value) if repeated else arguments
+        return tuple(
+            _convert(kind, item, _join(place, str(i))) for i, (kind, item) in enumerate(zip(kinds, value, strict=True))
+        )
+    return _convert_scalar(kind, value, place)
+
+
+def _convert_scalar(kind: type, value: Any, place: str) -> Any:
+    names = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}
+    valid = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    _require(valid and not (kind is float and math.isnan(value)), place, value, names[kind])
+    return value
+
+
+def _override(table: dict[str, Any], text: str) -> None:
+    """Sets one value in nested tables and lists."""
+    path, equals, written = text.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise ValueError(f"--set {text}: expected key=value")
+    try:
+        value = tomllib.loads(f"value = {written}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = written
+    at: Any = table
+    for depth, key in enumerate(keys):
+        place = ".".join(keys[:depth])
+        index: Any = key
+        if isinstance(at, list):
+            if not key.isdecimal() or int(key) >= len(at):
+                raise ValueError(f"--set {text}: {place} has the entries 0 to {len(at) - 1}, not {key}")
+            index = int(key)
+        elif not isinstance(at, dict):
+            raise ValueError(f"--set {text}: {place} is {at!r}, expected a table")
+        if depth == len(keys) - 1:
+            at[index] = value
+        else:
+            at = at[index] if isinstance(at, list) else at.setdefault(key, {})
+
+
+def _flatten(value: Any, place: str = "") -> dict[str, Any]:
+    if isinstance(value, dict | list) and value:
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {k: v for key, item in items for k, v in _flatten(item, _join(place, str(key))).items()}
+    return {place: value}
+
+
+def _join(place: str, key: str) -> str:
+    return f"{place}.{key}" if place else key
+
+
+def _nearest(name: str, known: Mapping[str, Any]) -> str:
+    """The end of a message about a name that is not known."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f": did you mean {close[0]!r}?" if close else f": expected one of {', '.join(known)}"
+
+
+def _require(valid: bool, name: str, value: object, rule: str) -> None:
+    if not valid:
+        raise ValueError(f"{name}={value!r}: expected {rule}")

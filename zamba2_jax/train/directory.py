@@ -1,0 +1,142 @@
+"""The directory of a run: what is where in it, and whether a run may go on in it."""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from zamba2_jax.config import Zamba2Config
+from zamba2_jax.train.config import EMBEDDED_TOKENIZER, RunConfig, differences, from_table
+from zamba2_jax.train.corpus import embedded_tokenizer
+from zamba2_jax.train.files import write_atomically, write_directory_atomically
+from zamba2_jax.train.tokenizer import load_tokenizer, save_tokenizer
+
+CONFIG = "config.json"  # the RunConfig with all its defaults; written last, so that it says that a run is here
+ARCHITECTURE = "architecture.json"  # the Zamba2Config
+TOKENIZER = "tokenizer"
+CHECKPOINTS = "checkpoints"
+METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+PROFILE = "profile"
+
+NAMES = (CONFIG, ARCHITECTURE, TOKENIZER, CHECKPOINTS, METRICS, TENSORBOARD, PROFILE)
+"""All that a run writes, beside files whose names begin with a dot."""
+
+# What may stand beside tokenizer.json and say how it is used.
+_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+
+
+@contextlib.contextmanager
+def claim(directory: Path) -> Iterator[None]:
+    """Makes the directory of a run if need be, and keeps other processes from running in it meanwhile.
+
+    Raises:
+        OSError: it cannot be written to, holds what is not of a run, or another process is running in it.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise FileExistsError(f"{directory} is a file: expected a directory for the run")
+    directory.mkdir(parents=True, exist_ok=True)
+    foreign = sorted(path.name for path in directory.iterdir() if path.name not in NAMES and path.name[0] != ".")
+    if foreign and not (directory / CONFIG).is_file():
+        raise FileExistsError(f"{directory} holds {', '.join(foreign[:3])}: expected a new directory, or that of a run")
+    with (directory / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(f"another process is running in {directory}") from None
+        yield
+
+
+def read_run(directory: Path) -> tuple[RunConfig, Zamba2Config]:
+    """What the run in a directory was started with.
+
+    Raises:
+        FileNotFoundError: there is no run.
+        ValueError: its files are not valid.
+    """
+    if not (directory / CONFIG).is_file():
+        raise FileNotFoundError(f"{directory} is not the directory of a run: there is no {CONFIG} in it")
+    config = from_table(RunConfig, _read_json(directory / CONFIG))
+    return config, from_table(Zamba2Config, _read_json(directory / ARCHITECTURE), ARCHITECTURE)
+
+
+def resolve_architecture(config: RunConfig, directory: Path) -> Zamba2Config:
+    """The architecture of the run that is in the directory, or else of a new one.
+
+    Raises:
+        ValueError: the run that is there has another config, in what changes its numbers; all differences are listed.
+            Or the architecture is not valid.
+        OSError: the checkpoint to start from is not there.
+    """
+    if not (directory / CONFIG).is_file():
+        return config.model.resolve()
+    before, architecture = read_run(directory)
+    lines = differences(before, config)
+    if not lines and config.model.hf is None and config.model.resolve() != architecture:
+        lines = [f"model: {config.model.preset} is not the architecture of the run any more, see {ARCHITECTURE}"]
+    if lines:
+        listed = "\n  ".join(lines)
+        raise ValueError(f"the run in {directory} was started with another config:\n  {listed}")
+    return architecture
+
+
+def open_tokenizer(config: RunConfig, directory: Path, vocab_size: int) -> Tokenizer | None:
+    """The tokenizer of the run that is in the directory, or else of a new one; None where it needs none.
+
+    Raises:
+        ValueError, OSError: as `load_tokenizer`, `embedded_tokenizer`.
+    """
+    if config.tokenizer is None:
+        return None
+    if (directory / TOKENIZER).is_dir():
+        return load_tokenizer(directory / TOKENIZER)
+    if config.tokenizer == EMBEDDED_TOKENIZER:
+        return embedded_tokenizer(vocab_size)
+    return load_tokenizer(Path(config.tokenizer))
+
+
+def write_run(config: RunConfig, architecture: Zamba2Config, tokenizer: Tokenizer | None, directory: Path) -> None:
+    """Writes down what the run is, for when it goes on.
+
+    Raises:
+        OSError: the directory cannot be written to.
+    """
+    if tokenizer is not None and not (directory / TOKENIZER).is_dir():
+        write_directory_atomically(directory / TOKENIZER, lambda path: _write_tokenizer(config, tokenizer, path))
+    _write_json(directory / ARCHITECTURE, dataclasses.asdict(architecture))
+    _write_json(directory / CONFIG, config.as_dict())
+
+
+def _write_tokenizer(config: RunConfig, tokenizer: Tokenizer, directory: Path) -> None:
+    if config.tokenizer == EMBEDDED_TOKENIZER:
+        save_tokenizer(tokenizer, directory)
+        return
+    source = Path(str(config.tokenizer))
+    copy_tokenizer(source if source.is_dir() else source.parent, directory)
+    if source.is_file():
+        shutil.copyfile(source, directory / "tokenizer.json")
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copies the files of a tokenizer from one directory to another."""
+    for pattern in _TOKENIZER_FILES:
+        for file in filter(Path.is_file, source.glob(pattern)):
+            shutil.copyfile(file, target / file.name)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    text = json.dumps(value, indent=2) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

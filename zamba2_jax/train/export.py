@@ -1,0 +1,42 @@
+"""From a run to a Hugging Face checkpoint."""
+
+from pathlib import Path
+
+import jax
+from flax import nnx
+
+from zamba2_jax.checkpoint.hf import save_hf
+from zamba2_jax.checkpoint.history import Checkpoints
+from zamba2_jax.model import Zamba2
+from zamba2_jax.train.directory import CHECKPOINTS, TOKENIZER, copy_tokenizer, read_run
+
+
+def export(directory: Path, out: Path, step: int | None = None) -> int:
+    """Writes the model and the tokenizer of a run's checkpoint as a Hugging Face checkpoint.
+
+    The run may be going on. Nothing of the optimizer is read.
+
+    Args:
+        directory: of the run.
+        out: directory to write, new or empty.
+        step: of the checkpoint, the last one by default.
+
+    Returns:
+        The step.
+
+    Raises:
+        ValueError: the run or the checkpoint is not valid.
+        OSError: there is none, or `out` holds something or cannot be written.
+    """
+    config, architecture = read_run(directory)
+    with Checkpoints(directory / CHECKPOINTS, read_only=True) as checkpoints:
+        if step is None:
+            if not checkpoints.steps:
+                raise FileNotFoundError(f"{checkpoints.directory} holds no checkpoint yet")
+            step = checkpoints.steps[-1]
+        like = jax.eval_shape(lambda: Zamba2(architecture, rngs=nnx.Rngs(0), dtype=config.dtype))
+        model = checkpoints.restore_part(step, like, "model")
+    save_hf(model, out)
+    if (directory / TOKENIZER).is_dir():
+        copy_tokenizer(directory / TOKENIZER, out)
+    return step

@@ -1,0 +1,274 @@
+"""A training run from its config to its last checkpoint, over a mesh, to be stopped and started at will."""
+
+import contextlib
+import dataclasses
+import resource
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from rich.console import Console
+
+from zamba2_jax.checkpoint.hf import load_hf
+from zamba2_jax.checkpoint.history import Checkpoints
+from zamba2_jax.config import Zamba2Config
+from zamba2_jax.model import Zamba2
+from zamba2_jax.sharding import check_mesh, parameter_sharding
+from zamba2_jax.train import directory as layout
+from zamba2_jax.train.config import LoggingConfig, RunConfig
+from zamba2_jax.train.data import Batch, held_out
+from zamba2_jax.train.documents import Documents
+from zamba2_jax.train.flops import peak_flops, train_flops
+from zamba2_jax.train.hosts import batch_sharding, host_share, place, preemption, run_mesh
+from zamba2_jax.train.loop import AfterStep, DivergedError, Position, Stage, make_stages, train
+from zamba2_jax.train.metrics import JsonLines, Record, Report, TensorBoard, TrainRecord, tee
+from zamba2_jax.train.progress import ProgressView
+from zamba2_jax.train.schedule import boundaries, learning_rate
+from zamba2_jax.train.sources import SourceConfig, open_documents
+from zamba2_jax.train.step import TrainState, compile_train_step, init_state
+
+
+def run(config: RunConfig, console: Console) -> bool:
+    """Trains from where the run in `config.directory` stands, or from the beginning, to the end.
+
+    Everything that can be wrong with config, data, mesh and directory is found before the first step. With several
+    processes each of them calls this, and the directory is one they share.
+
+    Args:
+        config: of the run.
+        console: where to show it; one that is quiet in all processes but the first.
+
+    Returns:
+        Whether the run is done; if not, it was told to stop by SIGTERM, and has left a checkpoint.
+
+    Raises:
+        ValueError: the config, the data or the mesh is not valid, or the run in the directory is another one.
+        OSError: a file or directory cannot be read or written; with a checkpoint the last good one is named.
+        DivergedError: `config.max_skipped` steps in a row were not finite.
+    """
+    with contextlib.ExitStack() as stack:
+        preempted = stack.enter_context(preemption())
+        directory = Path(config.directory).resolve()
+        if jax.process_index() == 0:
+            stack.enter_context(layout.claim(directory))
+        plan = _prepare(config, directory, console)
+        stack.enter_context(jax.set_mesh(plan.mesh))
+        keep = config.checkpoints
+        checkpoints = stack.enter_context(
+            Checkpoints(directory / layout.CHECKPOINTS, keep_last=keep.keep_last, keep_every=keep.keep_every)
+        )
+        total = boundaries(config.phases)[-1]
+        if not checkpoints.steps or checkpoints.steps[-1] < total:
+            _go_on(plan, checkpoints, preempted, console, stack)
+        done = checkpoints.steps[-1]
+        console.print(f"{done} of {total} steps are done; the last checkpoint is {checkpoints.latest}", soft_wrap=True)
+        return done == total
+
+
+class _Plan(NamedTuple):
+    """A run that has been found to be good.
+
+    Attributes:
+        config: what was asked for.
+        architecture: of the model.
+        directory: of the run.
+        mesh: over which it runs.
+        stages: the phases, with this process's part of their batches.
+        held_out: batches to evaluate on by name, on the mesh.
+    """
+
+    config: RunConfig
+    architecture: Zamba2Config
+    directory: Path
+    mesh: Mesh
+    stages: list[Stage]
+    held_out: dict[str, list[Batch]]
+
+
+def _prepare(config: RunConfig, directory: Path, console: Console) -> _Plan:
+    """Finds what can be wrong, opens the data, and writes down what the run is."""
+    mesh = run_mesh(config.mesh)
+    architecture = layout.resolve_architecture(config, directory)
+    check_mesh(architecture, mesh, batch=config.batch_size, length=config.length)
+    console.print("Opening the data")
+    tokenizer = layout.open_tokenizer(config, directory, architecture.vocab_size)
+
+    def open_all(sources: Mapping[str, SourceConfig]) -> dict[str, Documents]:
+        vocab_size = architecture.vocab_size
+        return {name: open_documents(source, tokenizer, vocab_size=vocab_size) for name, source in sources.items()}
+
+    sizes = {"batch_size": config.batch_size, "length": config.length}
+    stages = make_stages(
+        config.phases, open_all(config.sources), **sizes, seed=config.seed, share=host_share(mesh, **sizes)
+    )
+    unseen = {
+        name: [place(batch, mesh, config.batch_size) for batch in held_out(documents, **sizes)]
+        for name, documents in open_all(config.evaluation.sources).items()
+    }
+    if jax.process_index() == 0:
+        layout.write_run(config, architecture, tokenizer, directory)
+    return _Plan(config, architecture, directory, mesh, stages, unseen)
+
+
+def _go_on(
+    plan: _Plan,
+    checkpoints: Checkpoints,
+    preempted: Callable[[int], bool],
+    console: Console,
+    stack: contextlib.ExitStack,
+) -> None:
+    """Trains from the last checkpoint to the end, or until it is told to stop, and saves."""
+    config, mesh, optimizer = plan.config, plan.mesh, plan.config.optimizer.transformation()
+    taken = checkpoints.steps[-1] if checkpoints.steps else 0
+    console.print(f"Compiling; {taken} of {boundaries(config.phases)[-1]} steps are done")
+    state, start = _start(plan, optimizer, checkpoints)
+    schedule = learning_rate(config.phases, config.learning_rate)
+    step = compile_train_step(state, _abstract_batch(config, mesh), optimizer=optimizer, schedule=schedule)
+    report = _open_reports(plan, taken, console, stack) if jax.process_index() == 0 else _ignore
+    profiler = stack.enter_context(_Profiler(config.logging, plan.directory / layout.PROFILE))
+    try:
+        train(
+            state,
+            lambda state, batch: step(state, place(batch, mesh, config.batch_size)),
+            plan.stages,
+            held_out=plan.held_out,
+            log_every=config.logging.every,
+            eval_every=config.evaluation.every,
+            report=report,
+            start=start,
+            after_step=_after_step(config, checkpoints, preempted, profiler),
+            max_skipped=config.max_skipped,
+        )
+    except DivergedError as error:
+        checkpoints.wait()
+        kept = f"the last checkpoint is {checkpoints.latest}" if checkpoints.steps else "there is no checkpoint yet"
+        raise DivergedError(f"{error}; {kept}") from error
+    checkpoints.wait()
+
+
+def abstract_state(config: Zamba2Config, optimizer: optax.GradientTransformation, mesh: Mesh, dtype: str) -> TrainState:
+    """Shapes, dtypes and places of a training state; moments of the optimizer are where their parameters are."""
+    state = jax.eval_shape(lambda: init_state(_random_model(config, 0, dtype), optimizer))
+    everywhere = NamedSharding(mesh, PartitionSpec())
+
+    def placed(leaf: nnx.Variable | jax.ShapeDtypeStruct) -> nnx.Variable | jax.ShapeDtypeStruct:
+        if not isinstance(leaf, nnx.Param):
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere)
+        return leaf.replace(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=parameter_sharding(leaf, mesh)))
+
+    return jax.tree.map(placed, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
+
+
+def _start(
+    plan: _Plan, optimizer: optax.GradientTransformation, checkpoints: Checkpoints
+) -> tuple[TrainState, Position | None]:
+    """The state to go on from, and where it stands: the last checkpoint, or else the beginning."""
+    config = plan.config
+    like = abstract_state(plan.architecture, optimizer, plan.mesh, config.dtype)
+    if checkpoints.steps:
+        state, note = checkpoints.restore(checkpoints.steps[-1], like)
+        return state, Position(**note)
+    places = jax.tree.map(lambda leaf: leaf.sharding, like)
+    if config.model.hf is not None:
+        model = load_hf(config.model.hf, dtype=config.dtype, mesh=plan.mesh)
+        return jax.jit(lambda model: init_state(model, optimizer), out_shardings=places)(model), None
+
+    def begin() -> TrainState:
+        return init_state(_random_model(plan.architecture, config.seed, config.dtype), optimizer)
+
+    return jax.jit(begin, out_shardings=places)(), None
+
+
+def _random_model(config: Zamba2Config, seed: int, dtype: str) -> Zamba2:
+    return Zamba2(config, rngs=nnx.Rngs(seed), dtype=jnp.dtype(dtype))
+
+
+def _abstract_batch(config: RunConfig, mesh: Mesh) -> Batch:
+    ids = jax.ShapeDtypeStruct((config.batch_size, config.length), jnp.int32, sharding=batch_sharding(mesh))
+    return Batch(tokens=cast(np.ndarray, ids), segment_ids=cast(np.ndarray, ids))
+
+
+def _after_step(
+    config: RunConfig, checkpoints: Checkpoints, preempted: Callable[[int], bool], profiler: "_Profiler"
+) -> AfterStep:
+    """Saves when it is time, or when the run is to stop."""
+    total = boundaries(config.phases)[-1]
+
+    def after_step(state: TrainState, taken: int, position: Callable[[], Position]) -> bool:
+        profiler.after_step(taken, state)
+        stop = preempted(taken)
+        if stop or taken % config.checkpoints.every == 0 or taken == total:
+            checkpoints.save(taken, state, dataclasses.asdict(position()))
+        return stop
+
+    return after_step
+
+
+def _open_reports(plan: _Plan, taken: int, console: Console, stack: contextlib.ExitStack) -> Report:
+    """Terminal, JSON lines and TensorBoard, with what is measured here added to the records."""
+    config, directory = plan.config, plan.directory
+    reports: list[Report] = [
+        stack.enter_context(JsonLines(directory / layout.METRICS, append=True)),
+        stack.enter_context(ProgressView(config.phases, console)),
+    ]
+    if config.logging.tensorboard:
+        reports.append(stack.enter_context(TensorBoard(directory / layout.TENSORBOARD, first_step=taken + 1)))
+    write = tee(*reports)
+    peaks = [peak_flops(device) for device in plan.mesh.devices.flat]
+    flops = train_flops(plan.architecture, config.length)
+
+    def report(record: Record) -> None:
+        if isinstance(record, TrainRecord):
+            used = record.tokens_per_second * flops / sum(filter(None, peaks)) if all(peaks) else None
+            record = dataclasses.replace(record, memory=_memory(), utilisation=used)
+        write(record)
+
+    return report
+
+
+def _ignore(record: Record) -> None:
+    """What processes other than the first do with records."""
+
+
+def _memory() -> int:
+    """Bytes, the most held so far: by a device of this process, or by the process where devices do not say."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    if all(stats):
+        return max(stat["peak_bytes_in_use"] for stat in stats)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class _Profiler:
+    """Has `jax.profiler` look at some steps; a context manager around them."""
+
+    def __init__(self, config: LoggingConfig, directory: Path):
+        self._start, self._directory, self._active = config.profile_start, directory, False
+        self._stop = None if self._start is None else self._start + config.profile_steps
+
+    def __enter__(self) -> "_Profiler":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._active:
+            jax.profiler.stop_trace()
+
+    def after_step(self, taken: int, state: TrainState) -> None:
+        """Starts after step `profile_start`, and stops when the steps to look at are done."""
+        if taken == self._start:
+            jax.profiler.start_trace(str(self._directory))
+            self._active = True
+        elif self._active and taken == self._stop:
+            jax.block_until_ready(state.step)
+            jax.profiler.stop_trace()
+            self._active = False
