@@ -198,6 +198,12 @@ def show(results: dict[str, dict[str, float]]) -> None:
                 print(f"  {name:24}{values[key]:9.3f}   ours / it {ratio:6.2f}", flush=True)
 
 
+def write(results: dict[str, dict[str, float]]) -> None:
+    """All or nothing."""
+    text = json.dumps(results, indent=1) + "\n"
+    write_atomically(RESULTS, lambda path: path.write_text(text))
+
+
 def main() -> None:
     """Runs the named tasks, or all, and writes what they found."""
     tasks = {task.__name__: task for task in (first, batch, memory)}
@@ -208,14 +214,14 @@ def main() -> None:
         for task in chosen:
             results[name] |= tasks[task](contender) if task in tasks else {}
         contender.close()
+        write(results)
         print(name, "is done", file=sys.stderr, flush=True)
     show(results)
     if "machine" in chosen:
         for key, value in (context() | ceilings()).items():
             print(f"{key}: {value:.2f}")
             results.setdefault("machine", {})[key] = value
-    text = json.dumps(results, indent=1) + "\n"
-    write_atomically(RESULTS, lambda path: path.write_text(text))
+        write(results)
 
 
 if __name__ == "__main__":
