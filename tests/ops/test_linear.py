@@ -29,6 +29,19 @@ def test_bfloat16_accumulates_in_float32_and_rounds_once():
     assert out[0, 0] == 258
 
 
+@pytest.mark.parametrize("batch", [(), (1, 1), (2, 3)])
+def test_bfloat16_in_value_and_gradient(batch):
+    """Products of bfloat16 numbers are exact in float32: what is left is one rounding, to 2^-9 of each value."""
+    x, w, cotangent = (normal(*shape, dtype=jnp.bfloat16) for shape in ((*batch, 40), (40, 7), (*batch, 7)))
+    y, backward = jax.vjp(matmul, x, w)
+    dx, dw = backward(cotangent)
+    assert y.dtype == dx.dtype == dw.dtype == jnp.bfloat16
+    wide_x, wide_w, wide_cotangent = (np.asarray(array, np.float64) for array in (x, w, cotangent))
+    assert_close(y, wide_x @ wide_w, 2**-8)
+    assert_close(dx, wide_cotangent @ wide_w.T, 2**-8)
+    assert_close(dw, wide_x.reshape(-1, 40).T @ wide_cotangent.reshape(-1, 7), 2**-8)
+
+
 @pytest.mark.parametrize("inner", [BLOCK - 3, 3 * BLOCK, 17 * BLOCK + 5])
 def test_blocked_sums_are_exact_to_rounding_in_value_and_gradient(inner):
     """Blocks bound the error by that of sums of BLOCK + inner / BLOCK terms: 2.5 ulp, where one long sum has 4 to 8."""

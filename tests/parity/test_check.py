@@ -17,7 +17,13 @@ from zamba2_jax.parity.streaming import check_streaming
 SMALL = dataclasses.replace(VARIANTS["7b-miniature"].config, num_layers=2, hybrid_layer_ids=(0, 1))
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+QUICK = ("1.2b-miniature", "7b-miniature", "grouped-kv-heads", "linear-biases", "left-padding")
+"""Variants that between them have every kind of parameter and of input."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in VARIANTS]
+)
 def test_variant_is_within_the_limits_in_float32(name):
     report = check(VARIANTS[name], new_tokens=12)
     assert report.failures == ()
@@ -27,7 +33,7 @@ def test_variant_is_within_the_limits_in_float32(name):
     assert sum(row.group == "ssm_state" for row in report.rows) == config.num_layers
 
 
-@pytest.mark.parametrize("name", ["1.2b-miniature", "7b-miniature"])
+@pytest.mark.parametrize("name", ["1.2b-miniature", pytest.param("7b-miniature", marks=pytest.mark.slow)])
 def test_variant_is_within_the_limits_in_bfloat16(name):
     case = dataclasses.replace(VARIANTS[name], batch=8)
     assert check(case, dtype="bfloat16", new_tokens=2).failures == ()

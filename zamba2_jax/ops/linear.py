@@ -3,6 +3,9 @@
 At matmul precision "highest" (`jax.default_matmul_precision`) long sums of float32 are taken in blocks. On CPU, XLA's
 product rounds 1.6 times as badly as the MKL of PyTorch, because it adds up more terms in a row; in blocks of 128 it is
 the more exact of the two and takes a tenth longer.
+
+XLA's CPU product of bfloat16 is fast, 1.5 to 2 times as fast as that of float32, where its result is float32 and there
+are two rows at least; else it is slower than that of float32, for one row nine times.
 """
 
 import jax
@@ -22,7 +25,17 @@ def matmul(
     highest = jax.config.jax_default_matmul_precision == "highest"  # type: ignore[attr-defined]
     if highest and x.dtype == w.dtype == dtype == jnp.float32:
         return _blocked(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], -1)
+    if x.dtype == w.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+        return _bfloat16_on_cpu(x.reshape(-1, x.shape[-1]), w).astype(dtype).reshape(*x.shape[:-1], -1)
     return jnp.matmul(x, w, preferred_element_type=dtype)
+
+
+def _bfloat16_on_cpu(x: Float[Array, "m i"], w: Float[Array, "i o"]) -> Float[Array, "m o"]:
+    """x @ w in the form that is fast, in float32."""
+    rows = x.shape[0]
+    if rows == 1:
+        x = jnp.pad(x, ((0, 1), (0, 0)))
+    return jnp.matmul(x, w, preferred_element_type=jnp.float32)[:rows]
 
 
 @jax.custom_vjp

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,8 @@ GROUPS = ("embed", "layer", "conv_state", "ssm_state", "logits", "loss", "gradie
 Items = Mapping[str, np.ndarray]
 """Some named arrays."""
 
-SLAB = 2**15
-"""Values compared at a time: few enough for the cache."""
+TILE = 2**15
+"""Values compared at a time: few enough for the cache. They are tiles because one side may be transposed in memory."""
 THREADS = 2
 """That compare at once: more would wait for memory."""
 
@@ -68,28 +69,32 @@ class Row:
 
 
 def compare(name: str, group: str, ours: np.ndarray, torch: np.ndarray, oracle: np.ndarray) -> Row:
-    """Compares one array of both sides and the oracle, a slab at a time.
+    """Compares one array of both sides and the oracle, a tile at a time.
 
     Raises:
         ValueError: the shapes differ.
     """
     if not ours.shape == torch.shape == oracle.shape:
         raise ValueError(f"{name}: ours has shape {ours.shape}, PyTorch's {torch.shape}, the oracle {oracle.shape}")
-    flat = [np.ascontiguousarray(x).reshape(-1) for x in (ours, torch, oracle)]
+    matrices = [x.reshape(-1, x.shape[-1] if x.ndim else 1) for x in (ours, torch, oracle)]
+    rows, columns = matrices[0].shape
+    height = min(rows, 2**8)
+    width = TILE // height
 
-    def slab(start: int) -> np.ndarray:
+    def tile(corner: tuple[int, int]) -> np.ndarray:
         """The largest difference, then the squares of both differences and sizes."""
-        a, b, c = (x[start : start + SLAB].astype(np.float64) for x in flat)
+        part = slice(corner[0], corner[0] + height), slice(corner[1], corner[1] + width)
+        a, b, c = (x[part].astype(np.float64, order="C").ravel() for x in matrices)
         between = a - b
         squares = [np.einsum("i,i", x, x) for x in (between, a - c, b - c, b, c)]  # not np.dot, it has threads itself
         return np.array([np.abs(between).max(), *squares])
 
     with ThreadPoolExecutor(THREADS) as threads:
-        slabs = np.array(list(threads.map(slab, range(0, oracle.size, SLAB))))
-    largest = float(slabs[:, 0].max())
-    if not np.isfinite(slabs).all():
+        tiles = np.array(list(threads.map(tile, product(range(0, rows, height), range(0, columns, width)))))
+    largest = float(tiles[:, 0].max())
+    if not np.isfinite(tiles).all():
         return Row(name, group, math.nan, math.nan, math.nan, math.nan, math.nan)
-    between, our_error, torch_error, torch_size, size = np.sqrt(slabs[:, 1:].sum(axis=0)).tolist()
+    between, our_error, torch_error, torch_size, size = np.sqrt(tiles[:, 1:].sum(axis=0)).tolist()
     ratio = _ratio(between, torch_size), _ratio(our_error, size), _ratio(torch_error, size)
     return Row(name, group, largest, *ratio, size)
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from zamba2_jax.config import LayerPlan, Zamba2Config
 from zamba2_jax.model.mamba import MambaLayer
@@ -99,7 +100,8 @@ def evidence(
         precision: to compute in.
         gradients: whether to go backward at all.
         sum_calls: whether the gradient of a shared block is summed over its calls, and given at the end; else each
-            call's share is given by itself, as "gradient.calls.i.block", and memory holds one of them at a time.
+            call's share is given by itself, as "gradient.calls.i.block", and memory holds one of them at a time, in
+            float32.
     """
     real = batch.real[..., None]
     segment_ids = None if batch.segment_ids is None else jnp.asarray(batch.segment_ids)
@@ -126,25 +128,22 @@ def evidence(
     if ends.head is not None:
         yield {"gradient.head": np.asarray(d_matrix)}
 
+    kept = precision.dtype if sum_calls else "float32"
     d_embedded = jnp.zeros_like(embedded)
     d_shared: dict[int, SharedBlock] = {}
     for row, h in zip(reversed(config.layer_plan), reversed(inputs), strict=True):
-        layer, block, call = parts(row)
-        given = _shared_term(block, call, h, embedded, segment_ids, precision)
-        d_layer, cotangent, d_given = _mamba_backward(layer, h, given, segment_ids, cotangent, precision)
-        yield _gradients(f"layers.{row.layer}", d_layer)
-        del d_layer
+        d_parts, cotangent, d_e = _backward(parts(row), h, embedded, segment_ids, cotangent, precision, kept)
+        yield _gradients(f"layers.{row.layer}", d_parts.layer)
         if row.hybrid is None:
             continue
-        d_block, d_call, d_h, d_e = _shared_backward(block, call, h, embedded, segment_ids, d_given, precision)
-        cotangent, d_embedded = cotangent + d_h, d_embedded + d_e
-        yield _gradients(f"calls.{row.hybrid.call}", d_call)
+        d_embedded += d_e
+        yield _gradients(f"calls.{row.hybrid.call}", d_parts.call)
         b = row.hybrid.block
         if not sum_calls:
-            yield _gradients(f"calls.{row.hybrid.call}.block", d_block)
+            yield _gradients(f"calls.{row.hybrid.call}.block", d_parts.block)
         else:
-            d_shared[b] = d_block if b not in d_shared else jax.tree.map(jnp.add, d_shared[b], d_block)
-        del d_block
+            d_shared[b] = d_parts.block if b not in d_shared else jax.tree.map(jnp.add, d_shared[b], d_parts.block)
+        del d_parts  # or it would be held while the next ones are computed
     for b, d_block in d_shared.items():
         yield _gradients(f"shared.{b}", d_block)
     d_embed = jnp.zeros(ends.embed.shape, embedded.dtype).at[tokens].add(d_embedded + cotangent)
@@ -153,26 +152,34 @@ def evidence(
 
 @partial(jax.jit, static_argnames="precision")
 def _forward(parts: Parts, h: Array, embedded: Array, segment_ids: Array | None, precision: Precision):
-    given = _shared_term(parts.block, parts.call, h, embedded, segment_ids, precision)
-    layer = cast_matrices(parts.layer, precision.dtype)
+    """The layer's output, and its state after the last token."""
+    layer, block, call = cast_matrices(parts, precision.dtype)
+    given = None
+    if block is not None and call is not None:
+        t = h.shape[1]
+        positions = jnp.arange(t)[None] if segment_ids is None else document_positions(segment_ids)
+        given = block(h, embedded, call, jnp.broadcast_to(positions, h.shape[:2]), segment_ids)[0]
     return layer(h, given, None, segment_ids, implementation=precision.implementation)
 
 
-@partial(jax.jit, static_argnames="precision")
-def _shared_term(
-    block: SharedBlock | None,
-    call: SharedCall | None,
+@partial(jax.jit, static_argnames=("precision", "kept"))
+def _backward(
+    parts: Parts,
     h: Array,
     embedded: Array,
     segment_ids: Array | None,
+    cotangent: Array,
     precision: Precision,
-) -> Array | None:
-    if block is None or call is None:
-        return None
-    block, call = cast_matrices((block, call), precision.dtype)
-    t = h.shape[1]
-    positions = jnp.arange(t)[None] if segment_ids is None else document_positions(segment_ids)
-    return block(h, embedded, call, jnp.broadcast_to(positions, h.shape[:2]), segment_ids)[0]
+    kept: str,
+):
+    """Gradients in the layer's parameters, rounded to `kept`, in h and in the embeddings."""
+
+    def run(parts: Parts, h: Array, embedded: Array) -> Array:
+        return _forward(parts, h, embedded, segment_ids, precision)[0]
+
+    pull = jax.vjp(run, cast_matrices(parts, precision.dtype), h, embedded)[1]
+    d_parts, d_h, d_e = pull(cotangent)
+    return optax.tree.cast(d_parts, kept), d_h, d_e
 
 
 @partial(jax.jit, static_argnames=("eps", "precision"))
@@ -192,36 +199,6 @@ def _head(eps: float, ends: Ends, h: Array, tokens: Array, segment_ids: Array | 
     norm, matrix = cast_matrices((ends.norm, matrix), precision.dtype)
     (loss, logits), gradients = jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True)(h, norm, matrix)
     return loss, logits, gradients
-
-
-@partial(jax.jit, static_argnames="precision")
-def _mamba_backward(
-    layer: MambaLayer, h: Array, given: Array | None, segment_ids: Array | None, cotangent: Array, precision: Precision
-):
-    """Gradients in the layer's parameters, in h and in what the shared block gave."""
-
-    def run(layer: MambaLayer, h: Array, given: Array | None) -> Array:
-        return layer(h, given, None, segment_ids, implementation=precision.implementation)[0]
-
-    return jax.vjp(run, cast_matrices(layer, precision.dtype), h, given)[1](cotangent)
-
-
-@partial(jax.jit, static_argnames="precision")
-def _shared_backward(
-    block: SharedBlock,
-    call: SharedCall,
-    h: Array,
-    embedded: Array,
-    segment_ids: Array | None,
-    cotangent: Array,
-    precision: Precision,
-):
-    """Gradients in the block's and the call's parameters, in h and in the embeddings."""
-
-    def run(block: SharedBlock, call: SharedCall, h: Array, embedded: Array) -> Array | None:
-        return _shared_term(block, call, h, embedded, segment_ids, precision)
-
-    return jax.vjp(run, *cast_matrices((block, call), precision.dtype), h, embedded)[1](cotangent)
 
 
 def _gradients(prefix: str, module: MambaLayer | SharedBlock | SharedCall) -> Items:

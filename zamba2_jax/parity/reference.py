@@ -115,8 +115,7 @@ def greedy(model: transformers.Zamba2ForCausalLM, batch: Batch, new_tokens: int)
 
 def split(tensor: Tensor, gradient: torch.Tensor) -> Items:
     """The gradient of a Hugging Face tensor as those of our parameters, by name."""
-    parts = tensor.split(numpy(gradient)).items()
-    return {f"gradient.{path}": torch.from_numpy(part).contiguous().numpy() for path, part in parts}
+    return {f"gradient.{path}": part for path, part in tensor.split(numpy(gradient)).items()}
 
 
 def numpy(tensor: torch.Tensor) -> np.ndarray:
