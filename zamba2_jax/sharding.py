@@ -177,7 +177,7 @@ def parts(axis: str | None, mesh: Mesh | AbstractMesh) -> int:
 
 def _map_parameters(function: Callable[[Array, nnx.Param], Array], tree: Tree) -> Tree:
     def place(leaf):
-        return leaf.replace(function(leaf[...], leaf)) if isinstance(leaf, nnx.Param) else leaf
+        return leaf.replace(function(leaf.get_value(), leaf)) if isinstance(leaf, nnx.Param) else leaf
 
     return jax.tree.map(place, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
 

@@ -36,9 +36,16 @@ def token_log_probabilities(
     h: Float[Array, "b t d"], w: Float[Array, "d v"], targets: Int[Array, "b t"], *, chunk_size: int, cached: bool
 ) -> Float[Array, "b t"]:
     """`ops.token_log_probabilities`, with the head divided by columns: no device has logits of the whole vocabulary."""
+    return normalized_log_probabilities(h, w, targets, chunk_size=chunk_size, cached=cached)[0]
+
+
+def normalized_log_probabilities(
+    h: Float[Array, "b t d"], w: Float[Array, "d v"], targets: Int[Array, "b t"], *, chunk_size: int, cached: bool
+) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
+    """`ops.normalized_log_probabilities`, divided in the same way."""
     rows = row_axes(len(targets), cached=cached)
-    op = partial(ops.token_log_probabilities, chunk_size=chunk_size, vocab_axis=split_axis("vocab"))
-    return per_device(op, [(*rows, None), (None, "vocab"), rows], rows)(h, w, targets)
+    op = partial(ops.normalized_log_probabilities, chunk_size=chunk_size, vocab_axis=split_axis("vocab"))
+    return per_device(op, [(*rows, None), (None, "vocab"), rows], [rows, rows])(h, w, targets)
 
 
 def causal_conv1d(
