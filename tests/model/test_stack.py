@@ -1,16 +1,21 @@
 import pytest
 
-from zamba2_jax.config import Zamba2Config
-from zamba2_jax.model.stack import Stretch, stretches
+from zamba2_jax.config import HybridPlan, Zamba2Config
+from zamba2_jax.model.stack import groups
 
-# By hand, from the published layer ids.
-EXPECTED = {
-    "zamba2-1.2b": [(False, 5, 1), (True, 5, 5), (True, 2, 1)],
-    "zamba2-2.7b": [(False, 6, 1), (True, 5, 6), (True, 4, 1), (True, 3, 1), (True, 2, 1)],
-    "zamba2-7b": [(False, 6, 1), (True, 4, 1), (True, 5, 11), (True, 3, 1)],
+# Layers of the groups, by hand from the published layer ids.
+SIZES = {
+    "zamba2-1.2b": [5, 6, 6, 6, 6, 6, 3],
+    "zamba2-2.7b": [6, 6, 6, 6, 6, 6, 6, 5, 4, 3],
+    "zamba2-7b": [6, 5, *[6] * 11, 4],
 }
 
 
-@pytest.mark.parametrize("preset", EXPECTED)
-def test_stretches_of_the_published_models(preset):
-    assert stretches(Zamba2Config.preset(preset)) == [Stretch(*each) for each in EXPECTED[preset]]
+@pytest.mark.parametrize("preset", SIZES)
+def test_groups_of_the_published_models(preset):
+    config = Zamba2Config.preset(preset)
+    found = groups(config)
+    assert [len(group.layers) for group in found] == SIZES[preset]
+    assert [i for group in found for i in group.layers] == list(range(config.num_layers))
+    blocks = config.num_shared_blocks
+    assert [group.call for group in found] == [None, *[HybridPlan(i, i % blocks) for i in range(config.num_calls)]]

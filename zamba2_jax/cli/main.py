@@ -31,6 +31,11 @@ class Entry(NamedTuple):
 
 COMMANDS = {
     "demo": Entry("zamba2_jax.cli.demo", "Demo", "Train a small Zamba2 on text this Python carries, and let it write."),
+    "plan": Entry(
+        "zamba2_jax.cli.plan",
+        "Plan",
+        "Compile the training step for a slice of TPUs, without the TPUs, and say what it takes.",
+    ),
     "parity": Entry(
         "zamba2_jax.cli.parity", "Parity", "Compare this package with PyTorch and both with a float64 oracle."
     ),

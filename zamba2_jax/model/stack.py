@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 
-from zamba2_jax.config import Zamba2Config
+from zamba2_jax.config import HybridPlan, Zamba2Config
 from zamba2_jax.model.divided import embed
 from zamba2_jax.model.mamba import MambaLayer
 from zamba2_jax.model.shared import SharedBlock, SharedCall
@@ -27,31 +27,23 @@ too, all else being recomputed."""
 Tree = TypeVar("Tree")
 
 
-class Stretch(NamedTuple):
-    """Layers in a row that repeat one pattern: a hybrid layer or none, then plain ones.
+class Group(NamedTuple):
+    """Layers in a row, of which none but the first may call a shared block.
 
     Attributes:
-        hybrid: whether the pattern begins with a hybrid layer.
-        plain: plain layers in the pattern.
-        times: how often it stands there.
+        layers: their indices.
+        call: what the first layer calls.
     """
 
-    hybrid: bool
-    plain: int
-    times: int
+    layers: range
+    call: HybridPlan | None
 
 
-def stretches(config: Zamba2Config) -> list[Stretch]:
-    """The layer plan as the fewest stretches: what compiles once, and how often it runs."""
+def groups(config: Zamba2Config) -> list[Group]:
+    """The layer plan in groups, so few that all but the first begin with a call."""
     starts = sorted({0, *config.hybrid_layer_ids})
-    found: list[Stretch] = []
-    for start, end in zip(starts, [*starts[1:], config.num_layers], strict=True):
-        hybrid = config.layer_plan[start].hybrid is not None
-        group = Stretch(hybrid, end - start - hybrid, 1)
-        if found and found[-1][:2] == group[:2]:
-            group = group._replace(times=found.pop().times + 1)
-        found.append(group)
-    return found
+    ends = [*starts[1:], config.num_layers]
+    return [Group(range(i, end), config.layer_plan[i].hybrid) for i, end in zip(starts, ends, strict=True)]
 
 
 def hidden_states(
@@ -72,71 +64,83 @@ def hidden_states(
         tokens: ids in [0, v).
         segment_ids: documents packed in a row; see `Zamba2.__call__`.
         remat: what is kept for the backward pass.
-        scan: runs the repetitions of each of the `stretches` by one `jax.lax.scan` over their stacked parameters, so
-            that the pattern compiles once; else every layer is compiled by itself.
+        scan: runs the `groups` by a `jax.lax.scan`, and the layers of each by another, over stacked parameters, so
+            that one layer and one shared block are compiled; else every one is compiled by itself.
         dtype: the compute dtype; by default that of the model.
         implementation: of the scan of Mamba2; see `ops.ssd`.
     """
     embedded = embed(tokens, model.embed[...], cached=False).astype(dtype or model.dtype)
     h = constrain(embedded, "batch", "time", None)
     positions = default_positions(embedded, segment_ids)
-    at_once = _checkpointed(remat, in_scan=scan)
+    layers = cast_matrices(list(model.layers), dtype)
+    checkpointed = _checkpointed(remat, in_scan=scan)
 
-    @at_once
-    def call_shared(block: SharedBlock, call: SharedCall, h: Array, embedded: Array) -> Array:
-        block, call = (constrain_parameters(cast_matrices(part, dtype)) for part in (block, call))
-        return block(h, embedded, call, positions, segment_ids)[0]
+    @checkpointed
+    def call_shared(shared: SharedBlock, call: SharedCall, h: Array, embedded: Array) -> Array:
+        shared = constrain_parameters(cast_matrices(shared, dtype))
+        call = constrain_parameters(cast_matrices(call, dtype))
+        return shared(h, embedded, call, positions, segment_ids)[0]
 
-    @at_once
+    @checkpointed
     def mix(layer: MambaLayer, h: Array, given: Array | None) -> Array:
         layer = constrain_parameters(layer)
         return constrain(layer(h, given, None, segment_ids, implementation=implementation)[0], "batch", "time", None)
 
-    def plain(h: Array, layer: MambaLayer) -> tuple[Array, None]:
-        return mix(layer, h, None), None
-
-    def hybrid(h: Array, parts: tuple[MambaLayer, SharedCall, Array | int]) -> Array:
-        layer, call, block = parts
-        return mix(layer, h, call_shared(_pick(model.shared, block), call, h, embedded))
-
     if scan:
-        h = _by_scan(model, h, plain, hybrid, dtype)
+        h = _by_scan(model, layers, h, embedded, call_shared, mix)
     else:
-        for row, layer in zip(model.config.layer_plan, cast_matrices(model.layers, dtype), strict=True):
-            if row.hybrid is None:
-                h, _ = plain(h, layer)
-            else:
-                h = hybrid(h, (layer, model.calls[row.hybrid.call], row.hybrid.block))
+        for row, layer in zip(model.config.layer_plan, layers, strict=True):
+            given = None
+            if row.hybrid is not None:
+                given = call_shared(model.shared[row.hybrid.block], model.calls[row.hybrid.call], h, embedded)
+            h = mix(layer, h, given)
     return rms_norm(h, model.norm[...], model.config.rms_norm_eps)
 
 
 def _by_scan(
     model: Zamba2,
+    layers: Sequence[MambaLayer],
     h: Array,
-    plain: Callable[[Array, MambaLayer], tuple[Array, None]],
-    hybrid: Callable[[Array, tuple[MambaLayer, SharedCall, Array]], Array],
-    dtype: DTypeLike | None,
+    embedded: Array,
+    call_shared: Callable[[SharedBlock, SharedCall, Array, Array], Array],
+    mix: Callable[[MambaLayer, Array, Array | None], Array],
 ) -> Array:
-    """All layers, one scan for each stretch and in it one for its plain layers."""
-    layers, calls = list(cast_matrices(model.layers, dtype)), list(model.calls)
-    blocks = [row.hybrid.block for row in model.config.layer_plan if row.hybrid is not None]
+    """All layers: a scan over the groups, and in it one over the layers of each, filled up to the longest group.
 
-    def group(h: Array, parts: tuple[tuple[MambaLayer, SharedCall, Array] | None, MambaLayer | None]):
-        first, rest = parts
-        if first is not None:
-            h = hybrid(h, first)
-        return (h if rest is None else jax.lax.scan(plain, h, rest)[0]), None
+    What fills up, and the call that the first group may lack, is passed over when it runs.
+    """
+    plan = groups(model.config)
+    size = max(len(group.layers) for group in plan)
 
-    for has_hybrid, size, times in stretches(model.config):
-        taken = [_take(layers, has_hybrid + size) for _ in range(times)]
-        first = rest = None
-        if has_hybrid:
-            heads = [own[0] for own in taken]
-            first = _stack(heads), _stack(_take(calls, times)), jnp.asarray(_take(blocks, times))
-        if size:
-            rest = _stack([_stack(own[-size:]) for own in taken])
-        h, _ = jax.lax.scan(group, h, (first, rest))
-    return h
+    def in_group(h: Array, parts: tuple[MambaLayer, SharedCall, Array, Array, Array]) -> tuple[Array, None]:
+        layers, call, block, calls, length = parts
+        shared = jax.tree.map(lambda leaf: leaf[block], blocks)
+        given = jax.lax.cond(
+            calls, call_shared, lambda shared, call, h, embedded: jnp.zeros_like(h), shared, call, h, embedded
+        )
+
+        def in_layer(h: Array, part: tuple[MambaLayer, Array]) -> tuple[Array, None]:
+            layer, i = part
+
+            def run(layer: MambaLayer, h: Array, given: Array, i: Array) -> Array:
+                return mix(layer, h, jnp.where(i == 0, given, 0))
+
+            return jax.lax.cond(i < length, run, lambda layer, h, given, i: h, layer, h, given, i), None
+
+        return jax.lax.scan(in_layer, h, (layers, jnp.arange(size)))[0], None
+
+    blocks = _stack(model.shared)
+    each = [
+        (
+            _stack([layers[min(i, group.layers[-1])] for i in range(group.layers[0], group.layers[0] + size)]),
+            model.calls[0 if group.call is None else group.call.call],
+            jnp.asarray(0 if group.call is None else group.call.block),
+            jnp.asarray(group.call is not None),
+            jnp.asarray(len(group.layers)),
+        )
+        for group in plan
+    ]
+    return jax.lax.scan(in_group, h, _stack(each))[0]
 
 
 def _checkpointed(remat: Remat, *, in_scan: bool) -> Callable[[Callable[..., Array]], Callable[..., Array]]:
@@ -147,19 +151,5 @@ def _checkpointed(remat: Remat, *, in_scan: bool) -> Callable[[Callable[..., Arr
     return partial(jax.checkpoint, policy=policy, prevent_cse=not in_scan)
 
 
-def _pick(blocks: Sequence[SharedBlock], index: Array | int) -> SharedBlock:
-    """A shared block by its index, known when compiling or not."""
-    if isinstance(index, int):
-        return blocks[index]
-    return blocks[0] if len(blocks) == 1 else jax.tree.map(lambda leaf: leaf[index], _stack(blocks))
-
-
 def _stack(trees: Sequence[Tree]) -> Tree:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
-
-
-def _take(items: list[Tree], count: int) -> list[Tree]:
-    """Removes the first `count` items and returns them."""
-    taken = items[:count]
-    del items[:count]
-    return taken
