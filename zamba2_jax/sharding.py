@@ -105,6 +105,20 @@ def shard_model(model: ModelT, mesh: Mesh) -> ModelT:
     return _map_parameters(lambda array, parameter: jax.device_put(array, parameter_sharding(parameter, mesh)), model)
 
 
+def abstract_on_mesh(tree: Tree, mesh: Mesh) -> Tree:
+    """Shapes, as of `jax.eval_shape`, with the shardings that the parameters among them have on the mesh.
+
+    Raises:
+        ValueError: as in `parameter_sharding`.
+    """
+
+    def place(shape: Array, parameter: nnx.Param) -> Array:
+        sharding = parameter_sharding(parameter, mesh)
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)  # type: ignore[return-value]
+
+    return _map_parameters(place, tree)
+
+
 def constrain_parameters(tree: Tree) -> Tree:
     """Every parameter in a pytree, such as a gradient or the state of an optimizer, where the mesh has its like."""
     return _map_parameters(lambda array, parameter: constrain(array, *parameter.axes), tree)
@@ -177,7 +191,7 @@ def parts(axis: str | None, mesh: Mesh | AbstractMesh) -> int:
 
 def _map_parameters(function: Callable[[Array, nnx.Param], Array], tree: Tree) -> Tree:
     def place(leaf):
-        return leaf.replace(function(leaf[...], leaf)) if isinstance(leaf, nnx.Param) else leaf
+        return leaf.replace(function(leaf.get_value(), leaf)) if isinstance(leaf, nnx.Param) else leaf
 
     return jax.tree.map(place, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
 

@@ -275,19 +275,22 @@ def test_default_implementation(monkeypatch, backend, devices, expected):
     assert default_implementation() == expected
 
 
-def test_kernels_are_the_default_of_a_shard(monkeypatch):
-    """Inside of a `shard_map` every device has its own, whole problem."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+def test_kernels_are_the_default_of_a_shard():
+    """Inside of a `shard_map` every device has its own, whole problem; the platform is that of the mesh."""
     seen = []
 
     def shard(x):
         seen.append(default_implementation())
         return x
 
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     specs = jax.sharding.PartitionSpec("data")
-    jax.jit(jax.shard_map(shard, mesh=mesh, in_specs=specs, out_specs=specs))(np.zeros(2))
-    assert seen == ["pallas_tpu"]
+    for platform in ("tpu", "cpu"):
+        device = jax.sharding.AbstractDevice(device_kind="any", num_cores=None, platform=platform)
+        mesh = jax.sharding.AbstractMesh((2,), ("data",), abstract_device=device)
+        with jax.sharding.use_abstract_mesh(mesh):
+            seen.append(default_implementation())
+            jax.eval_shape(jax.shard_map(shard, in_specs=specs, out_specs=specs, check_vma=False), np.zeros(2))
+    assert seen == ["xla", "pallas_tpu", "xla", "xla"]
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,11 @@ COMMANDS = {
         "zamba2_jax.cli.export", "Export", "Write a checkpoint of a training run as a Hugging Face checkpoint."
     ),
     "generate": Entry("zamba2_jax.cli.generate", "Generate", "Continue prompts with a model."),
+    "plan": Entry(
+        "zamba2_jax.cli.plan",
+        "Plan",
+        "Compile the training step for a slice of TPUs, without the TPUs, and say what it takes.",
+    ),
     "parity": Entry(
         "zamba2_jax.cli.parity", "Parity", "Compare this package with PyTorch and both with a float64 oracle."
     ),

@@ -32,13 +32,13 @@ def embed(tokens: Int[Array, "b t"], table: Float[Array, "v d"], *, cached: bool
     return per_device(look_up, [rows, ("vocab", None)], (*rows, None))(tokens, table)
 
 
-def token_log_probabilities(
+def normalized_log_probabilities(
     h: Float[Array, "b t d"], w: Float[Array, "d v"], targets: Int[Array, "b t"], *, chunk_size: int
-) -> Float[Array, "b t"]:
-    """`ops.token_log_probabilities`, with the head divided by columns: no device has logits of the whole vocabulary."""
+) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
+    """`ops.normalized_log_probabilities`, the head divided by columns: no device has logits of the whole vocabulary."""
     rows = row_axes(len(targets), cached=False)
-    op = partial(ops.token_log_probabilities, chunk_size=chunk_size, vocab_axis=split_axis("vocab"))
-    return per_device(op, [(*rows, None), (None, "vocab"), rows], rows)(h, w, targets)
+    op = partial(ops.normalized_log_probabilities, chunk_size=chunk_size, vocab_axis=split_axis("vocab"))
+    return per_device(op, [(*rows, None), (None, "vocab"), rows], [rows, rows])(h, w, targets)
 
 
 def causal_conv1d(

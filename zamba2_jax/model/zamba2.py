@@ -105,10 +105,8 @@ class Zamba2(nnx.Module):
         embedded = tap("embed", embedded)
         if cache is not None:
             positions = cache.lengths[:, None] + jnp.arange(embedded.shape[1])
-        elif positions is None and segment_ids is not None:
-            positions = document_positions(constrain(segment_ids, "batch", None))
         elif positions is None:
-            positions = jnp.broadcast_to(jnp.arange(embedded.shape[1]), embedded.shape[:2])
+            positions = default_positions(embedded, segment_ids)
 
         def mix(layer: MambaLayer, h: Array, given: Array | None, state: MambaState | None, tap: Tap) -> _Mixed:
             return layer(h, given, state, segment_ids, tap=tap, implementation=implementation)
@@ -171,3 +169,10 @@ class Zamba2(nnx.Module):
     def dtype(self) -> jnp.dtype:
         """The compute dtype: that of the weight matrices."""
         return self.embed.dtype
+
+
+def default_positions(embedded: Float[Array, "b t d"], segment_ids: Int[Array, "b t"] | None) -> Int[Array, "b t"]:
+    """Positions of the tokens, counted from 0 in each document."""
+    if segment_ids is None:
+        return jnp.broadcast_to(jnp.arange(embedded.shape[1]), embedded.shape[:2])
+    return document_positions(constrain(segment_ids, "batch", None))

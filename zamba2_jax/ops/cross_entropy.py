@@ -25,16 +25,29 @@ def token_log_probabilities(
 
     Args:
         h: what the output head reads.
-        w: the output head.
+        w: the output head. Where it is wider than h it is rounded to h's dtype in each chunk, so that its gradient is
+            summed over the chunks in its own.
         targets: a token at each position.
         chunk_size: positions per chunk.
         vocab_axis: inside `jax.shard_map`, the axis of the mesh that w is divided over, by columns.
     """
+    return normalized_log_probabilities(h, w, targets, chunk_size=chunk_size, vocab_axis=vocab_axis)[0]
+
+
+def normalized_log_probabilities(
+    h: Float[Array, "b t d"],
+    w: Float[Array, "d v"],
+    targets: Int[Array, "b t"],
+    *,
+    chunk_size: int = 256,
+    vocab_axis: str | None = None,
+) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
+    """`token_log_probabilities`, and what they were normalized by: ln sum exp(h w). From the same chunks."""
     wide = at_least_fp32(h.dtype)
 
     @jax.checkpoint
-    def of_chunk(h: Array, targets: Array) -> Array:
-        return _log_probability(matmul(h, w, dtype=wide), targets, vocab_axis)
+    def of_chunk(h: Array, targets: Array) -> tuple[Array, Array]:
+        return _log_probability(matmul(h, w.astype(h.dtype), dtype=wide), targets, vocab_axis)
 
     return map_positions(of_chunk, h, targets, chunk_size)
 
@@ -53,14 +66,16 @@ def map_positions(f: Callable[..., Tree], h: Float[Array, "b t d"], targets: Int
 
 def _log_probability(
     logits: Float[Array, "b t v"], targets: Int[Array, "b t"], vocab_axis: str | None
-) -> Float[Array, "b t"]:
+) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
+    """The log-probability of the target and the logarithm of the normalizer."""
     if vocab_axis is None:
-        return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - jax.nn.logsumexp(logits, axis=-1)
+        normalizer = jax.nn.logsumexp(logits, axis=-1)
+        return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - normalizer, normalizer
     top = jax.lax.pmax(jax.lax.stop_gradient(logits.max(axis=-1)), vocab_axis)
     total = jax.lax.psum(jnp.exp(logits - top[..., None]).sum(axis=-1), vocab_axis)
     index, here = own_index(targets, logits.shape[-1], vocab_axis)
     picked = jnp.where(here, jnp.take_along_axis(logits, index[..., None], axis=-1)[..., 0] - top, 0)
-    return jax.lax.psum(picked, vocab_axis) - jnp.log(total)
+    return jax.lax.psum(picked, vocab_axis) - jnp.log(total), top + jnp.log(total)
 
 
 def cross_entropy(

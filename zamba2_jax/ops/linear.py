@@ -11,6 +11,7 @@ are two rows at least; else it is slower than that of float32, for one row nine 
 import jax
 import jax.numpy as jnp
 
+from zamba2_jax.ops.placement import platform
 from zamba2_jax.typing import Array, DTypeLike, Float
 
 BLOCK = 128
@@ -25,7 +26,7 @@ def matmul(
     highest = jax.config.jax_default_matmul_precision == "highest"  # type: ignore[attr-defined]
     if highest and x.dtype == w.dtype == dtype == jnp.float32:
         return _blocked(x.reshape(-1, x.shape[-1]), w).reshape(*x.shape[:-1], -1)
-    if x.dtype == w.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+    if x.dtype == w.dtype == jnp.bfloat16 and platform() == "cpu":
         return _bfloat16_on_cpu(x.reshape(-1, x.shape[-1]), w).astype(dtype).reshape(*x.shape[:-1], -1)
     return jnp.matmul(x, w, preferred_element_type=dtype)
 

@@ -3,6 +3,15 @@
 import jax
 
 
+def platform() -> str:
+    """The platform of what is traced now: that of the mesh that is set, else JAX's default backend.
+
+    So a program can be compiled for devices that are not there, by setting a mesh of them.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def takes_tpu_kernels() -> bool:
     """Whether what is traced now runs on a TPU, and on one device or apart on each.
 
@@ -10,5 +19,8 @@ def takes_tpu_kernels() -> bool:
     all axes of the mesh is apart on each; for our scans and kernels it needs `check_vma=False`.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    undivided = jax.device_count() == 1 or (not mesh.empty and set(mesh.manual_axes) == set(mesh.axis_names))
-    return jax.default_backend() == "tpu" and undivided
+    if mesh.empty:
+        undivided = jax.device_count() == 1
+    else:
+        undivided = mesh.size == 1 or set(mesh.manual_axes) == set(mesh.axis_names)
+    return platform() == "tpu" and undivided

@@ -4,11 +4,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 
 from zamba2_jax.ops.decay import MAX_CHUNK, log_decays
-from zamba2_jax.ops.placement import takes_tpu_kernels
+from zamba2_jax.ops.placement import platform, takes_tpu_kernels
 from zamba2_jax.ops.ssd_pallas_gpu import ssd_pallas_gpu
 from zamba2_jax.ops.ssd_pallas_tpu import ssd_pallas_tpu
 from zamba2_jax.ops.ssd_reference import ssd_associative, ssd_sequential
@@ -115,7 +114,7 @@ def default_implementation() -> Implementation:
 
 def _xla(x: Array, *others: Array | None, chunk_size: int | None) -> tuple[Array, Array]:
     """`ssd_xla` at the sizes that are fastest: a chunk that stays in the cache on CPU, many at once elsewhere."""
-    best, window = (32, 1) if jax.default_backend() == "cpu" else (64, 16)
+    best, window = (32, 1) if platform() == "cpu" else (64, 16)
     chunk_size = min(chunk_size or best, x.shape[1])
     return ssd_xla(x, *others, chunk_size, min(window, -(-x.shape[1] // chunk_size)))
 

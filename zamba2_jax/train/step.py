@@ -1,17 +1,76 @@
 """The training step: a pure function of a state and a batch."""
 
+import dataclasses
+import math
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
 
-from zamba2_jax.model import Zamba2, next_token_loss
-from zamba2_jax.sharding import constrain_parameters
+from zamba2_jax.model import Zamba2
+from zamba2_jax.model.loss import LossSums, loss_sums, predicted
+from zamba2_jax.model.stack import Remat, hidden_states
+from zamba2_jax.ops.ssd import Implementation
+from zamba2_jax.sharding import constrain, constrain_parameters
 from zamba2_jax.train.data import Batch
 from zamba2_jax.typing import Array, Float, Int
+
+SCANNED_FROM = 12
+"""Layers from which on they run by a scan unless told: below, unrolled layers compile in seconds and run faster."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepConfig:
+    """How a training step computes; apart from `z_loss` and rounding, nothing here changes what it computes.
+
+    Attributes:
+        microbatches: parts of a batch that are run one after the other, their gradients summed in the parameters'
+            dtype. Memory of activations falls with their number. Rows of part i are i, i + microbatches, and so on.
+        remat: what the forward pass keeps for the backward one: "none" keeps all, "layer" the input of each layer,
+            "matmuls" the results of its matrix products too; the rest is recomputed.
+        scan_layers: runs repeated layers by a scan over their stacked parameters, which compile once. By default
+            where there are at least `SCANNED_FROM` layers.
+        compute_dtype: of matrices and activations, with parameters, gradients and the optimizer in the dtype of the
+            state; by default that of the state.
+        z_loss: weight of the mean square of the logits' ln sum exp, which keeps it near 0 (arXiv:2204.02311).
+        loss_chunk: positions of a row whose logits exist at a time.
+        implementation: of the scan of Mamba2; by default the fastest on the platform, see `ops.ssd`.
+
+    Raises:
+        ValueError: a value breaks a rule; the message names field, value and rule.
+    """
+
+    microbatches: int = 1
+    remat: Remat = "none"
+    scan_layers: bool | None = None
+    compute_dtype: Literal["float32", "bfloat16"] | None = None
+    z_loss: float = 0.0
+    loss_chunk: int = 256
+    implementation: Implementation | None = None
+
+    def __post_init__(self) -> None:
+        def one_of(values: tuple[object, ...]) -> str:
+            return f"one of {', '.join(map(str, values))}"
+
+        dtypes, implementations = (None, "float32", "bfloat16"), (None, *get_args(Implementation))
+        rules = {
+            "microbatches": (self.microbatches >= 1, "an integer >= 1"),
+            "remat": (self.remat in get_args(Remat), one_of(get_args(Remat))),
+            "compute_dtype": (self.compute_dtype in dtypes, one_of(dtypes)),
+            "z_loss": (0 <= self.z_loss < math.inf, "a finite number >= 0"),
+            "loss_chunk": (self.loss_chunk >= 1, "an integer >= 1"),
+            "implementation": (self.implementation in implementations, one_of(implementations)),
+        }
+        for field, (valid, rule) in rules.items():
+            if not valid:
+                raise ValueError(f"{field}={getattr(self, field)!r}: expected {rule}")
+
+
+DEFAULT = StepConfig()
 
 
 @struct.dataclass
@@ -64,7 +123,12 @@ def init_state(model: Zamba2, optimizer: optax.GradientTransformation) -> TrainS
 
 
 def train_step(
-    state: TrainState, batch: Batch, *, optimizer: optax.GradientTransformation, schedule: optax.Schedule
+    state: TrainState,
+    batch: Batch,
+    *,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    config: StepConfig = DEFAULT,
 ) -> tuple[TrainState, StepMetrics]:
     """One step of gradient descent.
 
@@ -75,9 +139,12 @@ def train_step(
         batch: rows of packed documents.
         optimizer: for a learning rate of 1; see `AdamW.transformation`.
         schedule: the learning rate of a step, counted from 0.
+        config: how it is computed.
+
+    Raises:
+        ValueError: `config.microbatches` does not divide the rows of the batch, or the mesh does not divide a part.
     """
-    (loss, _), gradient = jax.value_and_grad(_loss, has_aux=True)(state.model, batch)
-    gradient = constrain_parameters(gradient)
+    loss, gradient = loss_and_gradient(state.model, batch, config)
     grad_norm, rate = optax.tree.norm(gradient), jnp.asarray(schedule(state.step))
     update, opt_state = optimizer.update(gradient, state.opt_state, state.model)
     model = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), state.model, update)
@@ -97,31 +164,112 @@ def train_step(
 
 
 def compile_train_step(
-    state: TrainState, batch: Batch, *, optimizer: optax.GradientTransformation, schedule: optax.Schedule
+    state: TrainState,
+    batch: Batch,
+    *,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    config: StepConfig = DEFAULT,
 ) -> TrainStep:
-    """`train_step` compiled for these shapes; it takes over the buffers of the states it is given."""
-    step = partial(train_step, optimizer=optimizer, schedule=schedule)
-    return jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+    """`train_step` compiled for these shapes; it takes over the buffers of the states it is given.
+
+    Raises:
+        ValueError: as `train_step`.
+    """
+    return lower_train_step(state, batch, optimizer=optimizer, schedule=schedule, config=config).compile()
 
 
-@jax.jit
-def eval_step(model: Zamba2, batch: Batch) -> tuple[Float[Array, ""], Int[Array, ""]]:
+def lower_train_step(
+    state: TrainState,
+    batch: Batch,
+    *,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    config: StepConfig = DEFAULT,
+) -> jax.stages.Lowered:
+    """`compile_train_step` before the compiler: for arrays, or their shapes and shardings."""
+    step = partial(train_step, optimizer=optimizer, schedule=schedule, config=config)
+    return jax.jit(step, donate_argnums=0).lower(state, batch)
+
+
+def loss_and_gradient(model: Zamba2, batch: Batch, config: StepConfig = DEFAULT) -> tuple[Float[Array, ""], Zamba2]:
+    """The mean loss over the predicted tokens, without the z-loss, and the gradient with it.
+
+    Raises:
+        ValueError: as `train_step`.
+    """
+    total = jnp.maximum(_predicted(batch), 1)
+
+    def objective(model: Zamba2, part: Batch) -> tuple[Array, Array]:
+        sums = _sums(model, part, config)
+        return (sums.nll + config.z_loss * sums.z) / total, sums.nll / total
+
+    def of_part(part: Batch) -> tuple[Array, Zamba2]:
+        (_, loss), gradient = jax.value_and_grad(objective, has_aux=True)(model, part)
+        return loss, constrain_parameters(gradient)
+
+    if config.microbatches == 1:
+        return of_part(batch)
+
+    def add(total: tuple[Array, Zamba2], part: Batch) -> tuple[tuple[Array, Zamba2], None]:
+        return jax.tree.map(jnp.add, total, of_part(part)), None
+
+    parts = _split(batch, config.microbatches)
+    zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), jax.eval_shape(of_part, batch))
+    return jax.lax.scan(add, (zeros[0], constrain_parameters(zeros[1])), parts)[0]
+
+
+@partial(jax.jit, static_argnames="config")
+def eval_step(model: Zamba2, batch: Batch, config: StepConfig = DEFAULT) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """The mean loss of a batch in nats per token, and the number of tokens predicted."""
-    return _loss(model, batch)
+    count = _predicted(batch)
+    return _sums(model, batch, config).nll / jnp.maximum(count, 1), count
 
 
-def evaluate(model: Zamba2, batches: Iterable[Batch]) -> float:
+def evaluate(model: Zamba2, batches: Iterable[Batch], config: StepConfig = DEFAULT) -> float:
     """The mean loss over all tokens predicted in the batches, in nats per token.
+
+    Args:
+        model: the model.
+        batches: each is run whole.
+        config: how it is computed.
 
     Raises:
         ValueError: the batches hold nothing to predict.
     """
-    results = jax.device_get([eval_step(model, batch) for batch in batches])
+    results = jax.device_get([eval_step(model, batch, config) for batch in batches])
     count = sum(int(tokens) for _, tokens in results)
     if not count:
         raise ValueError("the held-out batches hold no token to predict")
     return sum(float(loss) * int(tokens) for loss, tokens in results) / count
 
 
-def _loss(model: Zamba2, batch: Batch) -> tuple[Array, Array]:
-    return next_token_loss(model, jnp.asarray(batch.tokens), jnp.asarray(batch.segment_ids))
+def _sums(model: Zamba2, batch: Batch, config: StepConfig) -> LossSums:
+    scan = model.config.num_layers >= SCANNED_FROM if config.scan_layers is None else config.scan_layers
+    tokens, segment_ids = map(jnp.asarray, (batch.tokens, batch.segment_ids))
+    h = hidden_states(
+        model,
+        tokens,
+        segment_ids,
+        remat=config.remat,
+        scan=scan,
+        dtype=config.compute_dtype,
+        implementation=config.implementation,
+    )
+    return loss_sums(h, model.output_matrix, tokens, segment_ids, chunk_size=config.loss_chunk)
+
+
+def _predicted(batch: Batch) -> Int[Array, ""]:
+    return predicted(jnp.asarray(batch.tokens), jnp.asarray(batch.segment_ids)).sum()
+
+
+def _split(batch: Batch, parts: int) -> Batch:
+    """The rows in parts, [parts, rows, t], each of which takes as many rows from every device."""
+    if len(batch.tokens) % parts:
+        raise ValueError(f"microbatches={parts} does not divide the batch of {len(batch.tokens)} rows")
+
+    def split(array: Array) -> Array:
+        rows = jnp.asarray(array).reshape(-1, parts, array.shape[1])
+        return constrain(rows.swapaxes(0, 1), None, "batch", None)
+
+    return jax.tree.map(split, batch)

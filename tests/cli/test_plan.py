@@ -1,0 +1,67 @@
+import json
+
+import pytest
+
+from tests.helpers import TINY, abstract_model
+from zamba2_jax.cli.main import main
+from zamba2_jax.model.parameter import named_parameters
+from zamba2_jax.plan.chips import describe_slice
+from zamba2_jax.plan.estimate import Job
+from zamba2_jax.plan.search import candidates
+from zamba2_jax.train.step import StepConfig
+
+TINY_STEP = ["plan", "--preset", "zamba2-tiny", "--topology", "cpu:8", "--seq", "12"]
+
+
+def test_plans_for_eight_cpu_devices(tmp_path, capsys):
+    path = tmp_path / "plan.json"
+    words = ["--batch", "16", "--mesh", "data=2,fsdp=4", "--microbatches", "2", "--json", str(path)]
+    assert main([*TINY_STEP, *words]) == 0
+    printed = capsys.readouterr().out
+    (label, found), *others = json.loads(path.read_text()).items()
+    assert not others
+    assert label == "data=2,fsdp=4 remat=layer"
+    parameters = named_parameters(abstract_model(TINY)).values()
+    divided = sum(p.get_value().size for p in parameters if {"d_model", "attention_in"} & set(p.axes))
+    whole = sum(p.get_value().size for p in parameters) - divided
+    assert found["parameters"] == 4 * (divided // 4 + whole)
+    assert found["optimizer"] == 2 * found["parameters"] + 4  # and the count of steps
+    assert found["temporaries"] > 0
+    kinds = found["traffic"][2]
+    # Parameters are gathered in each part of the batch, in each of 12 layers with those that fill up, at least twice.
+    assert kinds["all-gather"] > 2 * 12 * 2
+    assert kinds["all-reduce"] > 2 * 12
+    assert found["traffic"][3] == 0
+    for name in ("temporaries", "all-gather", "bound by", "utilisation"):
+        assert name in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--topology", "v9:2x2"], "topology 'v9:2x2': expected chip:shape"),
+        (["--topology", "cpu:16"], "xla_force_host_platform_device_count=16 gives 16"),
+        (["--mesh", "fsdp=3"], "expected sizes >= 1 with the product 8, all chips"),
+        (["--mesh", "model=8"], "each of data, fsdp, tensor, sequence once at most"),
+        (["--mesh", "tensor=8"], "tensor=8 does not divide the Mamba heads, 6"),
+        (["--batch", "12"], "does not divide the batch, 12"),
+        (["--microbatches", "3"], "--microbatches 3 does not divide --batch 16"),
+        (["--json", "nowhere/at/all"], "there is no directory"),
+    ],
+)
+def test_wrong_options_are_named(capsys, words, message):
+    assert main([*TINY_STEP, "--batch", "16", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_candidates_divide_the_chips_and_the_model():
+    job = Job(config=TINY, batch=4, length=12, step=StepConfig())
+    found = [(sizes, of.step.remat) for of, sizes in candidates(job, describe_slice("cpu:8"))]
+    # Four rows: with tensor=1 the other two chips share a row. The state is small, so it need not be divided.
+    meshes = [
+        {"data": 1, "fsdp": 4, "tensor": 1, "sequence": 2},
+        {"data": 4, "fsdp": 1, "tensor": 1, "sequence": 2},
+        {"data": 1, "fsdp": 4, "tensor": 2, "sequence": 1},
+        {"data": 4, "fsdp": 1, "tensor": 2, "sequence": 1},
+    ]
+    assert found == [(sizes, remat) for sizes in meshes for remat in ("matmuls", "layer")]

@@ -1,0 +1,74 @@
+import pytest
+
+from zamba2_jax.plan.hlo import traffic
+
+# Every case of the reader, in the forms of the CPU's and the TPU's compilers.
+MODULE = """HloModule jit_f, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%sliced (stack: f32[5,100], i: s32[]) -> f32[100] {
+  %stack = f32[5,100]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %slice = f32[1,100]{1,0} dynamic-slice(%stack, %i, %zero), dynamic_slice_sizes={1,100}
+  ROOT %row = f32[100]{0} bitcast(%slice)
+}
+
+%all-reduce-scatter.1 (x: bf16[80]) -> bf16[20] {
+  %x = bf16[80]{0} parameter(0)
+  %all-reduce.1 = bf16[80]{0} all-reduce(%x), replica_groups=[2,4]<=[8], to_apply=%add
+  ROOT %own = bf16[20]{0} slice(%all-reduce.1), slice={[0:20]}
+}
+
+%body (loop: (s32[], f32[5,100], f32[100], bf16[80])) -> (s32[], f32[5,100], f32[100], bf16[80]) {
+  %loop = (s32[], f32[5,100]{1,0}, f32[100]{0}, bf16[80]{0}) parameter(0)
+  %i.1 = s32[] get-tuple-element(%loop), index=0
+  %stack.1 = f32[5,100]{1,0} get-tuple-element(%loop), index=1
+  %x.1 = bf16[80]{0} get-tuple-element(%loop), index=3
+  %row.1 = f32[100]{0} fusion(%stack.1, %i.1), kind=kLoop, calls=%sliced
+  %kept = f32[100]{0:T(128)S(1)} negate(%row.1)
+  %scattered = bf16[20]{0} fusion(%x.1), kind=kCustom, calls=%all-reduce-scatter.1
+  ROOT %next = (s32[], f32[5,100]{1,0}, f32[100]{0}, bf16[80]{0}) tuple(%i.1, %stack.1, %row.1, %x.1)
+}
+
+%condition (loop.1: (s32[], f32[5,100], f32[100], bf16[80])) -> pred[] {
+  %loop.1 = (s32[], f32[5,100]{1,0}, f32[100]{0}, bf16[80]{0}) parameter(0)
+  ROOT %more = pred[] constant(true)
+}
+
+ENTRY %main (p: (s32[], f32[5,100], f32[100], bf16[80]), q: f32[30]) -> f32[100] {
+  %p = (s32[], f32[5,100]{1,0}, f32[100]{0}, bf16[80]{0}) parameter(0)
+  %q = f32[30]{0} parameter(1)
+  %gather-start = (f32[30]{0}, f32[90]{0}) all-gather-start(%q), replica_groups={{0,1,2},{3,4,5}}, dimensions={0}
+  %gathered = f32[90]{0} all-gather-done(%gather-start)
+  %moved = f32[90]{0} collective-permute(%gathered), source_target_pairs={{0,1},{1,0}}
+  %run = (s32[], f32[5,100]{1,0}, f32[100]{0}, bf16[80]{0}) while(%p), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  ROOT %last = f32[100]{0} get-tuple-element(%run), index=2
+}
+"""  # noqa: E501
+
+
+def test_traffic_by_hand():
+    found = traffic(MODULE)
+    assert found.collectives == {"all-gather": 1, "collective-permute": 1, "reduce-scatter": 5}
+    # A ring sends all but its own part: of 360 bytes gathered from 3, of 160 reduced by 4, five times.
+    assert found.sent == pytest.approx({"all-gather": 240, "collective-permute": 360, "reduce-scatter": 5 * 120})
+    row = 400 + 4 + 400  # the slice, its index, the result
+    each = row + 400 + (160 + 40)  # what is kept on the chip is only read
+    assert found.memory == 5 * each + (120 + 360) + (360 + 360)
+    assert found.unknown_loops == 0
+
+
+def test_loops_of_unknown_length_are_counted_once_and_named():
+    found = traffic(MODULE.replace(', backend_config={"known_trip_count":{"n":"5"}}', ""))
+    assert (found.collectives["reduce-scatter"], found.unknown_loops) == (1, 1)
+
+
+def test_what_is_no_module_is_refused():
+    with pytest.raises(ValueError, match="no entry computation"):
+        traffic("")

@@ -1,0 +1,127 @@
+"""However a step is computed, loss and gradient are those of the plain pass."""
+
+import dataclasses
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.helpers import TINY, assert_close, random_model, random_tokens
+from zamba2_jax import next_token_loss
+from zamba2_jax.sharding import make_mesh, shard_model
+from zamba2_jax.train.data import Batch
+from zamba2_jax.train.optimizer import AdamW
+from zamba2_jax.train.step import StepConfig, evaluate, init_state, loss_and_gradient, train_step
+
+# Groups of all kinds: without a call, with one of either block, and as short and as long as the longest.
+CONFIG = dataclasses.replace(TINY, num_layers=6, hybrid_layer_ids=(1, 3, 5), num_shared_blocks=2, vocab_size=32)
+ROWS, LENGTH = 8, 11
+
+
+@cache
+def packed():
+    """Rows with as many tokens to predict as their number, so that parts of the batch weigh differently."""
+    time = np.arange(LENGTH)
+    segment_ids = np.stack(
+        [np.where(time <= row, 1, np.where(time < LENGTH - 2, 2 * (row % 2), 0)) for row in range(ROWS)]
+    )
+    return Batch(np.asarray(random_tokens(CONFIG, ROWS, LENGTH)), segment_ids.astype(np.int32))
+
+
+@cache
+def plain():
+    """The plain pass in float64."""
+    with jax.enable_x64(True):
+        model, batch = random_model(CONFIG, jnp.float64), packed()
+
+        def loss(model):
+            return next_token_loss(model, jnp.asarray(batch.tokens), jnp.asarray(batch.segment_ids))[0]
+
+        return jax.device_get(jax.jit(jax.value_and_grad(loss))(model))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scan_layers": True, "remat": "none"},
+        {"scan_layers": True, "remat": "layer", "microbatches": 4, "loss_chunk": 3},
+        {"scan_layers": True, "remat": "matmuls", "microbatches": 2},
+        {"scan_layers": False, "remat": "layer", "microbatches": 8},
+    ],
+    ids=str,
+)
+def test_loss_and_gradient_are_those_of_the_plain_pass(x64, options):
+    step = jax.jit(lambda model, batch: loss_and_gradient(model, batch, StepConfig(**options)))
+    # In float64 what is left is the order of additions.
+    assert_close(step(random_model(CONFIG, jnp.float64), packed()), plain(), 1e-12)
+
+
+def test_over_a_mesh_too(x64):
+    config = dataclasses.replace(CONFIG, mamba_heads=8)
+    model, batch, mesh = random_model(config, jnp.float64), packed(), make_mesh(fsdp=2, tensor=2)
+    expected = jax.jit(loss_and_gradient)(model, batch)
+    options = StepConfig(scan_layers=True, remat="layer", microbatches=2)
+    with jax.set_mesh(mesh):
+        step = jax.jit(lambda model, batch: loss_and_gradient(model, batch, options))
+        assert_close(step(shard_model(model, mesh), batch), expected, 1e-12)
+
+
+def test_bfloat16_computes_and_float32_keeps():
+    model, batch, optimizer = random_model(CONFIG), packed(), AdamW().transformation()
+    options = StepConfig(compute_dtype="bfloat16", scan_layers=True, remat="layer")
+    state = init_state(model, optimizer)
+
+    def step(state):
+        return train_step(state, batch, optimizer=optimizer, schedule=lambda step: 1e-3, config=options)
+
+    lowered = jax.jit(step).lower(state)
+    products = [line for line in lowered.as_text().splitlines() if "dot_general" in line]
+    assert any("xbf16>, tensor" in line for line in products)
+    after, metrics = lowered.compile()(state)
+    assert [leaf.dtype for leaf in jax.tree.leaves(after)] == [leaf.dtype for leaf in jax.tree.leaves(state)]
+    # Between bfloat16's 8 bits and no agreement at all: losses of a random model are about 4.
+    expected = plain()[0]
+    assert abs(metrics.loss - expected) < 0.1
+    assert abs(metrics.loss - expected) > 1e-6
+    assert abs(evaluate(model, [batch], options) - float(metrics.loss)) < 1e-5
+
+
+def test_z_loss_adds_the_gradient_of_the_mean_square_of_the_normalizer(x64):
+    model, batch = random_model(CONFIG, jnp.float64), packed()
+    segment_ids = batch.segment_ids
+    same = (segment_ids[:, :-1] == segment_ids[:, 1:]) & (segment_ids[:, 1:] != 0)
+
+    def penalty(model):
+        logits = model(jnp.asarray(batch.tokens), jnp.asarray(segment_ids))[:, :-1]
+        normalizer = jnp.log(jnp.exp(logits).sum(axis=-1))
+        return 0.3 * jnp.sum(normalizer**2 * same) / same.sum()
+
+    loss, gradient = jax.jit(lambda model: loss_and_gradient(model, batch, StepConfig(z_loss=0.3)))(model)
+    added = jax.jit(jax.grad(penalty))(model)
+    expected = jax.tree.map(lambda a, b: a + np.asarray(b), plain()[1], added)
+    assert_close((loss, gradient), (plain()[0], expected), 1e-11)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"microbatches": 0}, "microbatches=0: expected an integer >= 1"),
+        ({"remat": "all"}, "remat='all': expected one of none, layer, matmuls"),
+        ({"compute_dtype": "float16"}, "compute_dtype='float16': expected one of None, float32, bfloat16"),
+        ({"z_loss": -1.0}, "z_loss=-1.0: expected a finite number >= 0"),
+        ({"loss_chunk": 0}, "loss_chunk=0: expected an integer >= 1"),
+        ({"implementation": "cuda"}, "implementation='cuda': expected one of None, xla"),
+    ],
+)
+def test_wrong_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        StepConfig(**options)
+
+
+def test_parts_that_do_not_divide_the_batch_are_refused():
+    with pytest.raises(ValueError, match="microbatches=3 does not divide the batch of 8 rows"):
+        jax.eval_shape(
+            lambda model: loss_and_gradient(model, packed(), StepConfig(microbatches=3)), random_model(CONFIG)
+        )

@@ -1,0 +1,217 @@
+"""What a compiled program moves, read from its optimised HLO, with every loop's body as often as it runs."""
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from typing import NamedTuple
+
+_SHAPE = re.compile(r"\b(pred|bf16|token|[suf]\d+\w*|c64|c128)\[([\d,]*)\](?:\{[^}]*?(S\([1-9]\d*\))?\})?")
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*)$")
+_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\) -> .* \{$")
+_CALLED = re.compile(
+    r"(?:calls|body|condition|to_apply|true_computation|false_computation|branch_computations)=(\{[^}]*\}|%?[\w.-]+)"
+)
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+# What passes values on or only names them, and the ends of what began elsewhere.
+_FREE = frozenset(
+    "parameter constant tuple get-tuple-element bitcast while conditional call after-all partition-id iota "
+    "optimization-barrier opt-barrier async-start async-update async-done".split()
+)
+
+
+class Array(NamedTuple):
+    """The shape of a value: its bytes, and whether it is in main memory rather than on the chip itself."""
+
+    size: int
+    in_memory: bool
+
+
+class Instruction(NamedTuple):
+    """One line of HLO.
+
+    Attributes:
+        name, opcode: as printed.
+        result: the arrays of its result.
+        operands: names of its operands.
+        text: the whole line.
+    """
+
+    name: str
+    opcode: str
+    result: list[Array]
+    operands: list[str]
+    text: str
+
+    @property
+    def called(self) -> list[str]:
+        """Names of the computations it refers to."""
+        return [name for group in _CALLED.findall(self.text) for name in re.findall(r"[\w.-]+", group)]
+
+
+class Traffic(NamedTuple):
+    """What one device moves while a program runs once.
+
+    Attributes:
+        memory: bytes read from and written to main memory: operands and results of all that runs, but what is kept on
+            the chip, and of a slice or an update in place only the part.
+        sent: bytes sent to other devices by each kind of collective, over rings.
+        collectives: how many of each kind run.
+        unknown_loops: loops whose repetitions are not known and were counted as one.
+    """
+
+    memory: float
+    sent: dict[str, float]
+    collectives: dict[str, int]
+    unknown_loops: int
+
+
+def traffic(hlo: str) -> Traffic:
+    """Reads the text of an optimised module, as of `jax.stages.Compiled.as_text`."""
+    entry, computations = _parse(hlo)
+    fused = {name for instructions in computations.values() for i in instructions if _fuses(i) for name in i.called}
+    memory, unknown = 0.0, 0
+    sent: defaultdict[str, float] = defaultdict(float)
+    runs: Counter[str] = Counter()
+    for name, times, is_unknown in _executed(entry, computations):
+        unknown += is_unknown
+        by_name = {instruction.name: instruction for instruction in computations[name]}
+        for instruction in by_name.values():
+            kind, volume = _collective(instruction, name, by_name)
+            if kind:
+                runs[kind] += times
+                sent[kind] += times * volume
+            if name not in fused:
+                memory += times * _memory(instruction, by_name, computations)
+    return Traffic(memory, dict(sent), dict(runs), unknown)
+
+
+def _parse(hlo: str) -> tuple[str, dict[str, list[Instruction]]]:
+    """The name of the entry computation, and all computations by name."""
+    computations: dict[str, list[Instruction]] = {}
+    entry, current = "", []
+    for line in hlo.splitlines():
+        if header := _COMPUTATION.match(line):
+            current = computations.setdefault(header[2], [])
+            entry = header[2] if header[1] else entry
+        elif found := _INSTRUCTION.match(line):
+            current.append(_instruction(found[1], found[2]))
+    if not entry:
+        raise ValueError("the text has no entry computation: expected an HLO module")
+    return entry, computations
+
+
+def _instruction(name: str, text: str) -> Instruction:
+    end = _end_of_type(text)
+    opcode, _, rest = text[end:].strip().partition("(")
+    operands = re.findall(r"%([\w.-]+)", rest[: _closing(rest)])
+    return Instruction(name, opcode, _arrays(text[:end]), operands, text)
+
+
+def _end_of_type(text: str) -> int:
+    return _closing(text[1:]) + 2 if text.startswith("(") else text.index(" ")
+
+
+def _closing(text: str) -> int:
+    """Where the parenthesis that was opened before `text` closes."""
+    depth = 1
+    for i, character in enumerate(text):
+        depth += (character == "(") - (character == ")")
+        if not depth:
+            return i
+    return len(text)
+
+
+def _arrays(text: str) -> list[Array]:
+    found = []
+    for dtype, dimensions, on_chip in _SHAPE.findall(text):
+        bits = 8 if dtype == "pred" else int((re.findall(r"\d+", dtype) or ["0"])[0])
+        found.append(Array(math.prod(int(size) for size in dimensions.split(",") if size) * bits // 8, not on_chip))
+    return found
+
+
+def _executed(entry: str, computations: dict[str, list[Instruction]]) -> Iterator[tuple[str, int, int]]:
+    """Every call of a computation, down from the entry: its name, how often, and how many loops in it are unknown."""
+    pending = [(entry, 1)]
+    while pending:
+        name, times = pending.pop()
+        unknown = 0
+        for instruction in computations[name]:
+            trips = 1
+            if instruction.opcode == "while":
+                found = _TRIPS.search(instruction.text)
+                trips, unknown = int(found[1]) if found else 1, unknown + (not found)
+            pending += [(each, times * trips) for each in instruction.called if each in computations]
+        yield name, times, unknown
+
+
+def _fuses(instruction: Instruction) -> bool:
+    return instruction.opcode == "fusion" or ("to_apply=" in instruction.text and instruction.opcode != "call")
+
+
+def _collective(instruction: Instruction, computation: str, by_name: dict[str, Instruction]) -> tuple[str, float]:
+    """The kind of a collective and the bytes one device sends for it; "" for anything else."""
+    kind = instruction.opcode.removesuffix("-start")
+    if kind not in _COLLECTIVES:
+        return "", 0.0
+    given = sum(array.size for name in instruction.operands if name in by_name for array in by_name[name].result)
+    if kind == "collective-permute":
+        return kind, float(given)
+    if kind == "all-reduce" and "all-reduce-scatter" in computation:
+        kind = "reduce-scatter"  # how the TPU compiler writes it
+    members = _group_size(instruction.text)
+    copies = {"all-gather": members, "all-reduce": 2}.get(kind, 1)
+    return kind, given * copies * (members - 1) / members
+
+
+def _group_size(text: str) -> int:
+    if found := re.search(r"replica_groups=\[\d+,(\d+)\]", text):
+        return int(found[1])
+    found = re.search(r"replica_groups=\{\{([\d,]+)\}", text)
+    return len(found[1].split(",")) if found else 1
+
+
+def _memory(
+    instruction: Instruction, by_name: dict[str, Instruction], computations: dict[str, list[Instruction]]
+) -> float:
+    """Bytes of main memory that one run of an instruction reads and writes."""
+    opcode = instruction.opcode
+    if opcode in _FREE or opcode.endswith("-done"):
+        return 0
+    written = sum(array.size for array in instruction.result if array.in_memory)
+    read = [
+        sum(array.size for array in by_name[name].result if array.in_memory) if name in by_name else 0
+        for name in instruction.operands
+    ]
+    if opcode.endswith("-start"):
+        return sum(read) + max((a.size for a in instruction.result[1:] if a.in_memory), default=0)
+    if opcode in ("dynamic-slice", "slice", "gather"):
+        return 2 * written
+    if opcode in ("dynamic-update-slice", "scatter"):
+        return 2 * read[-1 if opcode == "scatter" else 1]
+    if opcode == "fusion":
+        return _fusion(computations[instruction.called[0]], read, written)
+    return sum(read) + written
+
+
+def _fusion(inside: list[Instruction], read: list[int], written: int) -> float:
+    """As `_memory`, with operands that are only sliced as large as their slices, and updates as large as they are."""
+    by_name = {instruction.name: instruction for instruction in inside}
+    total = float(written)
+    for instruction in inside:
+        users = [user for user in inside if instruction.name in user.operands]
+        if instruction.opcode == "parameter" and users:
+            number = int(instruction.text.partition("parameter(")[2].partition(")")[0])
+            sliced = all(u.opcode in ("dynamic-slice", "slice") for u in users)
+            updated = all(u.opcode == "dynamic-update-slice" and u.operands[0] == instruction.name for u in users)
+            if sliced:
+                total += min(read[number], sum(array.size for user in users for array in user.result))
+            elif not updated:
+                total += read[number]
+        if instruction.opcode == "dynamic-update-slice" and total >= written:
+            whole = sum(array.size for array in instruction.result)
+            part = sum(array.size for array in by_name[instruction.operands[1]].result)
+            if whole <= written:
+                total += part - whole
+    return max(total, 0)
