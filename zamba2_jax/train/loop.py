@@ -182,12 +182,12 @@ class _Log:
             DivergedError: as `train`.
         """
         steps = jax.device_get(self.metrics)
-        for metrics in steps:
+        for number, metrics in enumerate(steps, step - len(steps) + 1):
             self.bad = 0 if math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm) else self.bad + 1
             if self.bad >= max_skipped:
                 raise DivergedError(
-                    f"{self.bad} steps in a row, up to step {step} or shortly before, had a loss or a "
-                    "gradient that is not finite, and were skipped"
+                    f"{self.bad} steps in a row, the last of them step {number}, had a loss or a gradient that is not "
+                    "finite, and were skipped"
                 )
         finite = [float(metrics.loss) for metrics in steps if math.isfinite(metrics.loss)]
         record = TrainRecord(

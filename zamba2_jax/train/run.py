@@ -147,11 +147,11 @@ def _go_on(
             after_step=_after_step(config, checkpoints, preempted, profiler),
             max_skipped=config.max_skipped,
         )
-    except DivergedError as error:
         checkpoints.wait()
+    except (DivergedError, OSError) as error:
+        kind = DivergedError if isinstance(error, DivergedError) else OSError
         kept = f"the last checkpoint is {checkpoints.latest}" if checkpoints.steps else "there is no checkpoint yet"
-        raise DivergedError(f"{error}; {kept}") from error
-    checkpoints.wait()
+        raise kind(f"{error}; {kept}") from error
 
 
 def abstract_state(config: Zamba2Config, optimizer: optax.GradientTransformation, mesh: Mesh, dtype: str) -> TrainState:
