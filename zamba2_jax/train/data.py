@@ -85,13 +85,12 @@ class PackedRows(grain.MapDataset[Batch]):
             window = int(np.searchsorted(self._windows, place, side="right")) - 1
             starts, sizes = self._shuffled(epoch, window)
             ends = self._windows[window] + np.cumsum(sizes)
-            for i in range(int(np.searchsorted(ends, place, side="right")), len(ends)):
-                if place == end:
-                    break
-                stop = min(int(ends[i]), end)
+            first, last = np.searchsorted(ends, (place, end), side="right")
+            documents = (array[first : last + 1].tolist() for array in (starts - ends + sizes, ends))
+            for shift, document_end in zip(*documents, strict=True):
+                stop = min(document_end, end)
                 if place < stop:
-                    start = int(starts[i] + sizes[i] - ends[i]) + place
-                    yield start, start + stop - place
+                    yield shift + place, shift + stop
                     place = stop
 
     def _shuffled(self, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray]:

@@ -3,6 +3,9 @@
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -18,8 +21,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_directory_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Has `write` fill a temporary directory beside `path`, then renames it to `path`.
+def write_directory_atomically(path: Path, write: Callable[[Path], T]) -> T:
+    """Has `write` fill a temporary directory beside `path`, renames it to `path`, and returns what `write` returned.
 
     Nothing is left of it on failure, unless the process is killed.
 
@@ -38,7 +41,8 @@ def write_directory_atomically(path: Path, write: Callable[[Path], object]) -> N
             f"{temporary} is there: another process is writing {path}, or was killed; if so, delete it"
         ) from None
     try:
-        write(temporary)
+        result = write(temporary)
         temporary.rename(path)
+        return result
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

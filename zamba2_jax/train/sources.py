@@ -247,7 +247,7 @@ def _read_parquet(path: Path, field: str) -> Iterator[Text]:
                     raise ValueError(f"{path}, row {row}: expected a text named {field!r}, not {_shorten(value)}")
                 yield Text(value, f"{path}, row {row}", (row + 1) * size // rows - row * size // rows)
                 row += 1
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         raise ValueError(f"{path}: not a parquet file that can be read: {error}") from error
 
 

@@ -2,6 +2,7 @@
 
 import collections
 import os
+import signal
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from itertools import chain, islice
@@ -34,7 +35,8 @@ def tokenize(
 ) -> Manifest:
     """Writes the tokens of all texts to a new directory, complete or not at all.
 
-    Documents keep their order, so that the files do not depend on `processes`.
+    Documents keep their order, so that the files do not depend on `processes`. These are spawned: a script that calls
+    this needs its `if __name__ == "__main__":`.
 
     Args:
         sources: of texts.
@@ -52,16 +54,16 @@ def tokenize(
         if value < 1:
             raise ValueError(f"{name}={value}: expected an integer >= 1")
     texts = chunks(chain.from_iterable(map(read_texts, sources)))
-    manifests: list[Manifest] = []
 
-    def write(directory: Path) -> None:
-        start = (tokenizer.to_str(),)
-        with ProcessPoolExecutor(processes, get_context("spawn"), _start, start) as executor:
+    def write(directory: Path) -> Manifest:
+        executor = ProcessPoolExecutor(processes, get_context("spawn"), _start, (tokenizer.to_str(),))
+        try:
             documents = _encoded(executor, texts, AHEAD * processes, progress)
-            manifests.append(write_token_files(directory, documents, tokenizer, shard_tokens=shard_tokens))
+            return write_token_files(directory, documents, tokenizer, shard_tokens=shard_tokens)
+        finally:
+            executor.shutdown(cancel_futures=True)
 
-    write_directory_atomically(output, write)
-    return manifests[0]
+    return write_directory_atomically(output, write)
 
 
 def _encoded(
@@ -84,8 +86,13 @@ def _encoded(
 
 
 def _start(tokenizer: str) -> None:
-    """Prepares a worker. The processes are the parallelism: the tokenizer's own threads would be in their way."""
+    """Prepares a worker.
+
+    The processes are the parallelism: the tokenizer's own threads would be in their way. An interrupt from the terminal
+    reaches every process; the one that writes ends the others.
+    """
     global _tokenizer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _tokenizer = parse_tokenizer(tokenizer)
 
