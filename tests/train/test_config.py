@@ -19,7 +19,7 @@ def changed(values, path, value):
     *parents, last = path.split(".")
     at = values
     for key in parents:
-        at = at[int(key) if isinstance(at, list) else key]
+        at = at[int(key)] if isinstance(at, list) else at.setdefault(key, {})
     if value is del_:
         del at[last]
     else:
@@ -80,6 +80,8 @@ def test_an_architecture_is_checked_and_may_be_infinite(tmp_path):
         ("mesh", 3, "mesh is 3: expected a table"),
         ("model", {}, "model: nothing is given: expected one of preset, architecture, hf"),
         ("model.preset", "zamba2-tiny", "model: ['preset', 'architecture'] is given: expected one of"),
+        ("step.remat", "all", "step.remat='all': expected one of none, layer, matmuls"),
+        ("step.microbatches", 3, "batch_size=8: expected a multiple of step.microbatches=3"),
         ("sources.a.kind", "txt", "sources.a.kind='txt': expected one of text, jsonl"),
     ],
 )
@@ -119,10 +121,13 @@ def test_what_may_change_when_a_run_goes_on(tmp_path):
         "evaluation.every": 2,
         "logging.every": 2,
         "max_skipped": 2,
+        "step": {"remat": "layer", "microbatches": 2, "compute_dtype": "bfloat16"},
         "phases": [*values["phases"], {"name": "third", "steps": 3, "shares": {"b": 1.0}}],
         "sources": {**values["sources"], "c": values["sources"]["b"]},
     }.items():
         assert differences(before, from_table(RunConfig, changed(values, path, value))) == [], path
+    after = changed(values, "step", {"z_loss": 1e-4})
+    assert differences(before, from_table(RunConfig, after)) == ["step.z_loss: 0.0 before, 0.0001 now"]
     after = changed(changed(values, "phases.1.steps", 9), "sources.a.field", "content")
     assert differences(before, from_table(RunConfig, after)) == [
         "sources.a.field: 'text' before, 'content' now",

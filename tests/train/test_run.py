@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import math
 import os
 import re
@@ -66,6 +67,20 @@ def stop_at(monkeypatch):
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     return tmp_path_factory.mktemp("runs")
+
+
+def test_how_a_step_is_computed_changes_no_losses(home, whole):
+    """By parts, recomputed and scanned: sums in another order, over 13 steps; in bfloat16 the losses are only near."""
+    expected = np.array([record["loss"] for record in read_records(Path(whole.directory) / "metrics.jsonl")])
+    for step, tolerance in (
+        ({"microbatches": 2, "remat": "layer", "scan_layers": True}, 1e-5),
+        ({"compute_dtype": "bfloat16"}, 1e-2),
+    ):
+        values = config(home, directory=str(home / "-".join(step)), step=step)
+        assert run(values, QUIET)
+        losses = [record["loss"] for record in read_records(Path(values.directory) / "metrics.jsonl")]
+        np.testing.assert_allclose(losses, expected, rtol=tolerance)
+        assert not np.array_equal(losses, expected)
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +187,24 @@ def test_a_run_that_diverges_ends_and_names_its_last_checkpoint(home, tmp_path):
     with pytest.raises(DivergedError, match=r"5 steps in a row, .*; the last checkpoint is .*/checkpoints/\d+"):
         run(values, QUIET)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(last_state(values).model)))
+
+
+@pytest.mark.filterwarnings("ignore")  # of Orbax, about what it leaves behind
+def test_a_full_disk_ends_the_run_and_the_last_checkpoint_is_named(home, whole, tmp_path, monkeypatch):
+    shutil.copytree(whole.directory, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "13")
+    with monkeypatch.context() as full:
+        # What is written with each checkpoint, by Orbax, from Python.
+        full.setattr("orbax.checkpoint.JsonCheckpointHandler.async_save", no_space)
+        with pytest.raises(OSError, match=r"No space left on device.*; the last checkpoint is .*/run/checkpoints/12$"):
+            run(dataclasses.replace(whole, directory=str(tmp_path / "run")), QUIET)
+    rest = dataclasses.replace(whole, directory=str(tmp_path / "run"))
+    assert run(rest, QUIET)
+    assert_equal(last_state(rest), last_state(whole))
+
+
+def no_space(*args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_mistakes_are_found_before_anything_is_written(home, tmp_path, capsys):

@@ -82,10 +82,10 @@ class Checkpoints:
             note: values for JSON.
 
         Raises:
-            OSError: this checkpoint, or one before, cannot be written; the message names the last one that is good.
+            OSError: this checkpoint, or one before, cannot be written; those before stay as they are.
         """
         items = ocp.args.Composite(state=ocp.args.StandardSave(named_arrays(state)), note=ocp.args.JsonSave(note))
-        with self._naming_the_last_good_one():
+        with _failing_to_write():
             self._manager.save(step, args=items)
 
     def wait(self) -> None:
@@ -94,7 +94,7 @@ class Checkpoints:
         Raises:
             OSError: as `save`.
         """
-        with self._naming_the_last_good_one():
+        with _failing_to_write():
             self._manager.wait_until_finished()
 
     def restore(self, step: int, like: Tree) -> tuple[Tree, dict[str, Any]]:
@@ -138,10 +138,10 @@ class Checkpoints:
             raise ValueError(f"{self.directory / str(step)} is not a checkpoint: expected a directory 'state' in it")
         return stored
 
-    @contextlib.contextmanager
-    def _naming_the_last_good_one(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, ValueError, RuntimeError) as error:  # tensorstore's failures to write are ValueErrors
-            good = f"the last good one is {self.latest}" if self.steps else "there is none before it"
-            raise OSError(f"a checkpoint could not be written, {good}: {error}") from error
+
+@contextlib.contextmanager
+def _failing_to_write() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:  # of tensorstore, a full disk is a ValueError
+        raise OSError(f"a checkpoint could not be written: {error}") from error

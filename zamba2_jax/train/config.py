@@ -15,6 +15,7 @@ from zamba2_jax.config import Zamba2Config
 from zamba2_jax.train.optimizer import AdamW
 from zamba2_jax.train.schedule import Phase, learning_rate
 from zamba2_jax.train.sources import SourceConfig
+from zamba2_jax.train.step import StepConfig
 
 T = TypeVar("T")
 
@@ -129,6 +130,7 @@ class RunConfig:
         optimizer: AdamW and its numbers.
         seed: of the initial weights and the order of the data.
         dtype: of the weight matrices; vectors are float32.
+        step: how a step is computed: its compute dtype, parts of a batch, what is kept for the backward pass.
         mesh: over which the run is divided.
         checkpoints, evaluation, logging: what is written, and when.
         max_skipped: so many steps in a row whose loss or gradient is not finite stop the run.
@@ -148,6 +150,7 @@ class RunConfig:
     optimizer: AdamW = dataclasses.field(default_factory=AdamW)
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
+    step: StepConfig = dataclasses.field(default_factory=StepConfig)
     mesh: MeshConfig = MeshConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -168,6 +171,10 @@ class RunConfig:
         for name, value in at_least_one.items():
             _require(value is None or value >= 1, name, value, "at least 1")
         _require(self.length >= 2, "length", self.length, "at least 2")
+        parts = self.step.microbatches
+        _require(
+            self.batch_size % parts == 0, "batch_size", self.batch_size, f"a multiple of step.microbatches={parts}"
+        )
         _require(0 <= self.seed < 2**31, "seed", self.seed, "an integer in [0, 2^31)")
         start = self.logging.profile_start
         _require(start is None or start >= 1, "logging.profile_start", start, "at least 1")
@@ -235,9 +242,12 @@ _FREE = ("directory", "mesh", "checkpoints", "evaluation", "logging", "max_skipp
 def differences(before: RunConfig, now: RunConfig) -> list[str]:
     """What forbids a run to go on with another config, a line each.
 
-    Phases may be appended, and sources for them. The mesh, checkpoints, evaluation and logging may differ.
+    Phases may be appended, and sources for them. The mesh, checkpoints, evaluation, logging, and of the step all but
+    the z-loss may differ.
     """
     old, new = before.as_dict(), now.as_dict()
+    for tree in (old, new):
+        tree["step"] = {"z_loss": tree["step"]["z_loss"]}
     new["phases"] = new["phases"][: len(old["phases"])]
     new["sources"] = {name: source for name, source in new["sources"].items() if name in old["sources"]}
     flat_old, flat_new = (_flatten({k: v for k, v in tree.items() if k not in _FREE}) for tree in (old, new))

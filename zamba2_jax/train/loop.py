@@ -16,7 +16,7 @@ from zamba2_jax.train.data import Batch, batches
 from zamba2_jax.train.documents import Documents
 from zamba2_jax.train.metrics import EvalRecord, Report, TrainRecord
 from zamba2_jax.train.schedule import Phase, boundaries
-from zamba2_jax.train.step import StepMetrics, TrainState, TrainStep, evaluate
+from zamba2_jax.train.step import DEFAULT, StepConfig, StepMetrics, TrainState, TrainStep, evaluate
 
 
 class Stage(NamedTuple):
@@ -94,6 +94,7 @@ def train(
     start: Position | None = None,
     after_step: AfterStep = lambda state, taken, position: False,
     max_skipped: float = math.inf,
+    step_config: StepConfig = DEFAULT,
 ) -> TrainState:
     """Runs the stages one after the other.
 
@@ -111,6 +112,7 @@ def train(
         start: where `state` stands; before the first step by default.
         after_step: is called after every step and its records.
         max_skipped: steps skipped in a row, seen when a record is made, that end the run.
+        step_config: how evaluations are computed.
 
     Returns:
         The state after the last step, or after that at which `after_step` stopped the run.
@@ -123,7 +125,7 @@ def train(
         if value < 1:
             raise ValueError(f"{name}={value}: expected an integer >= 1")
     if start is None:
-        _evaluate(state, stages[0].phase, 0, held_out, report)
+        _evaluate(state, stages[0].phase, 0, held_out, report, step_config)
     log, ends = _Log(start), boundaries([stage.phase for stage in stages])
     for number, ((phase, stream), end) in enumerate(zip(stages, ends, strict=True)):
         first, done = end - phase.steps, _done_in(start, number, phase)
@@ -138,7 +140,7 @@ def train(
                 if due or done % log_every == 0:
                     report(log.make_record(phase, first + done, max_skipped))
                     if due:
-                        _evaluate(state, phase, first + done, held_out, report)
+                        _evaluate(state, phase, first + done, held_out, report, step_config)
                     log.start_clock()
                 if after_step(state, first + done, partial(_position, number, done, data, log)):
                     return state
@@ -182,12 +184,12 @@ class _Log:
             DivergedError: as `train`.
         """
         steps = jax.device_get(self.metrics)
-        for metrics in steps:
+        for number, metrics in enumerate(steps, step - len(steps) + 1):
             self.bad = 0 if math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm) else self.bad + 1
             if self.bad >= max_skipped:
                 raise DivergedError(
-                    f"{self.bad} steps in a row, up to step {step} or shortly before, had a loss or a "
-                    "gradient that is not finite, and were skipped"
+                    f"{self.bad} steps in a row, the last of them step {number}, had a loss or a gradient that is not "
+                    "finite, and were skipped"
                 )
         finite = [float(metrics.loss) for metrics in steps if math.isfinite(metrics.loss)]
         record = TrainRecord(
@@ -226,7 +228,12 @@ def _position(stage: int, done: int, data: grain.DatasetIterator[Batch], log: _L
 
 
 def _evaluate(
-    state: TrainState, phase: Phase, step: int, held_out: Mapping[str, Sequence[Batch]], report: Report
+    state: TrainState,
+    phase: Phase,
+    step: int,
+    held_out: Mapping[str, Sequence[Batch]],
+    report: Report,
+    config: StepConfig,
 ) -> None:
     for name, rows in held_out.items():
-        report(EvalRecord(phase=phase.name, step=step, held_out=name, loss=evaluate(state.model, rows)))
+        report(EvalRecord(phase=phase.name, step=step, held_out=name, loss=evaluate(state.model, rows, config)))

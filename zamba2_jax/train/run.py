@@ -131,7 +131,9 @@ def _go_on(
     console.print(f"Compiling; {taken} of {boundaries(config.phases)[-1]} steps are done")
     state, start = _start(plan, optimizer, checkpoints)
     schedule = learning_rate(config.phases, config.learning_rate)
-    step = compile_train_step(state, _abstract_batch(config, mesh), optimizer=optimizer, schedule=schedule)
+    step = compile_train_step(
+        state, _abstract_batch(config, mesh), optimizer=optimizer, schedule=schedule, config=config.step
+    )
     report = _open_reports(plan, taken, console, stack) if jax.process_index() == 0 else _ignore
     profiler = stack.enter_context(_Profiler(config.logging, plan.directory / layout.PROFILE))
     try:
@@ -146,12 +148,13 @@ def _go_on(
             start=start,
             after_step=_after_step(config, checkpoints, preempted, profiler),
             max_skipped=config.max_skipped,
+            step_config=config.step,
         )
-    except DivergedError as error:
         checkpoints.wait()
+    except (DivergedError, OSError) as error:
+        kind = DivergedError if isinstance(error, DivergedError) else OSError
         kept = f"the last checkpoint is {checkpoints.latest}" if checkpoints.steps else "there is no checkpoint yet"
-        raise DivergedError(f"{error}; {kept}") from error
-    checkpoints.wait()
+        raise kind(f"{error}; {kept}") from error
 
 
 def abstract_state(config: Zamba2Config, optimizer: optax.GradientTransformation, mesh: Mesh, dtype: str) -> TrainState:
