@@ -60,9 +60,7 @@ def shares(rows: Mapping[int, Collection[tuple[int, int]]]) -> dict[int, tuple[i
     parts = sorted({tuple(sorted(ranges)) for ranges in rows.values()})
     ranges = [range_ for part in parts for range_ in part]
     if len(set(ranges)) < len(ranges) or len({len(part) for part in parts}) > 1:
-        raise ValueError(
-            f"the mesh gives the processes these rows: {dict(rows)}; expected the same, or others, to each"
-        )
+        raise ValueError(f"the mesh gives the processes the rows {dict(rows)}: expected the same, or others, to each")
     return {process: (parts.index(tuple(sorted(ranges))), len(parts)) for process, ranges in rows.items()}
 
 
