@@ -140,10 +140,24 @@ def _executed(entry: str, computations: dict[str, list[Instruction]]) -> Iterato
         for instruction in computations[name]:
             trips = 1
             if instruction.opcode == "while":
-                found = _TRIPS.search(instruction.text)
-                trips, unknown = int(found[1]) if found else 1, unknown + (not found)
+                known = _trips(instruction, computations)
+                trips, unknown = known or 1, unknown + (known is None)
             pending += [(each, times * trips) for each in instruction.called if each in computations]
         yield name, times, unknown
+
+
+def _trips(loop: Instruction, computations: dict[str, list[Instruction]]) -> int | None:
+    """How often a loop runs: as the compiler notes it, or by its condition, i < constant, for i from 0 as JAX has it."""
+    if noted := _TRIPS.search(loop.text):
+        return int(noted[1])
+    condition = next(name for name in loop.called if f"condition=%{name}" in loop.text)
+    by_name = {instruction.name: instruction for instruction in computations[condition]}
+    for instruction in by_name.values():
+        if instruction.opcode == "compare" and "direction=LT" in instruction.text:
+            limit = by_name[instruction.operands[1]].text
+            if found := re.search(r" constant\((\d+)\)", limit):
+                return int(found[1])
+    return None
 
 
 def _fuses(instruction: Instruction) -> bool:
@@ -168,6 +182,9 @@ def _collective(instruction: Instruction, computation: str, by_name: dict[str, I
 def _group_size(text: str) -> int:
     if found := re.search(r"replica_groups=\[\d+,(\d+)\]", text):
         return int(found[1])
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", text):
+        sizes = dict(part.split("=") for part in found[1].split(","))
+        return math.prod(int(sizes[axis]) for axis in found[2].split(","))
     found = re.search(r"replica_groups=\{\{([\d,]+)\}", text)
     return len(found[1].split(",")) if found else 1
 
