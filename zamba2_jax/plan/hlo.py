@@ -13,6 +13,7 @@ _CALLED = re.compile(
     r"(?:calls|body|condition|to_apply|true_computation|false_computation|branch_computations)=(\{[^}]*\}|%?[\w.-]+)"
 )
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 # What passes values on or only names them, and the ends of what began elsewhere.
 _FREE = frozenset(
@@ -72,6 +73,7 @@ def traffic(hlo: str) -> Traffic:
     entry, computations = _parse(hlo)
     fused = {name for instructions in computations.values() for i in instructions if _fuses(i) for name in i.called}
     memory, unknown = 0.0, 0
+    channels: set[str] = set()  # a TPU's collective that goes on beside several fusions stands in each of them
     sent: defaultdict[str, float] = defaultdict(float)
     runs: Counter[str] = Counter()
     for name, times, is_unknown in _executed(entry, computations):
@@ -79,7 +81,9 @@ def traffic(hlo: str) -> Traffic:
         by_name = {instruction.name: instruction for instruction in computations[name]}
         for instruction in by_name.values():
             kind, volume = _collective(instruction, name, by_name)
-            if kind:
+            channel = _CHANNEL.search(instruction.text)
+            if kind and (channel is None or channel[1] not in channels):
+                channels |= {channel[1]} if channel else set()
                 runs[kind] += times
                 sent[kind] += times * volume
             if name not in fused:
@@ -147,7 +151,7 @@ def _executed(entry: str, computations: dict[str, list[Instruction]]) -> Iterato
 
 
 def _trips(loop: Instruction, computations: dict[str, list[Instruction]]) -> int | None:
-    """How often a loop runs: as the compiler notes it, or by its condition, i < constant, for i from 0 as JAX has it."""
+    """How often a loop runs: as the compiler notes it, or by its condition, i < constant, with i from 0 as in JAX."""
     if noted := _TRIPS.search(loop.text):
         return int(noted[1])
     condition = next(name for name in loop.called if f"condition=%{name}" in loop.text)
