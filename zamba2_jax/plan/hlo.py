@@ -82,8 +82,9 @@ def traffic(hlo: str) -> Traffic:
         for instruction in by_name.values():
             kind, volume = _collective(instruction, name, by_name)
             channel = _CHANNEL.search(instruction.text)
-            if kind and (channel is None or channel[1] not in channels):
-                channels |= {channel[1]} if channel else set()
+            key = f"{kind} {channel[1]}" if channel else f"{kind} of {name}.{instruction.name}"
+            if kind and key not in channels:
+                channels.add(key)
                 runs[kind] += times
                 sent[kind] += times * volume
             if name not in fused:
