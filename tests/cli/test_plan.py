@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import pytest
@@ -30,7 +31,7 @@ def test_plans_for_eight_cpu_devices(tmp_path, capsys):
     kinds = found["traffic"][2]
     # Parameters are gathered in each part of the batch, in each of 12 layers with those that fill up, at least twice.
     assert kinds["all-gather"] > 2 * 12 * 2
-    assert kinds["all-reduce"] > 2 * 12
+    assert kinds["all-reduce"] >= 2 * 12
     assert found["traffic"][3] == 0
     for name in ("temporaries", "all-gather", "bound by", "utilisation"):
         assert name in printed
@@ -55,7 +56,7 @@ def test_wrong_options_are_named(capsys, words, message):
 
 
 def test_candidates_divide_the_chips_and_the_model():
-    job = Job(config=TINY, batch=4, length=12, step=StepConfig())
+    job = Job(config=dataclasses.replace(TINY, vocab_size=96), batch=4, length=12, step=StepConfig())
     found = [(sizes, of.step.remat) for of, sizes in candidates(job, describe_slice("cpu:8"))]
     # Four rows: with tensor=1 the other two chips share a row. The state is small, so it need not be divided.
     meshes = [

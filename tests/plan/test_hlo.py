@@ -64,6 +64,19 @@ def test_traffic_by_hand():
     assert found.unknown_loops == 0
 
 
+def test_the_forms_of_the_tpu_compiler():
+    """Groups by the axes of a mesh, loops whose condition tells how often they run, one collective in two fusions."""
+    condition = """%i.2 = s32[] get-tuple-element(%loop.1), index=0
+  %limit = s32[] constant(5)
+  ROOT %more = pred[] compare(%i.2, %limit), direction=LT"""
+    text = MODULE.replace(', backend_config={"known_trip_count":{"n":"5"}}', "")
+    text = text.replace("replica_groups=[2,4]<=[8]", "replica_groups=mesh['a'=2,'b'=4] {'b'}, channel_id=7")
+    scattered = "  %scattered = bf16[20]{0} fusion(%x.1), kind=kCustom, calls=%all-reduce-scatter.1\n"
+    text = text.replace(scattered, scattered + scattered.replace("scattered =", "again ="))
+    found, expected = traffic(text.replace("ROOT %more = pred[] constant(true)", condition)), traffic(MODULE)
+    assert (found.sent, found.unknown_loops) == (expected.sent, 0)
+
+
 def test_loops_of_unknown_length_are_counted_once_and_named():
     found = traffic(MODULE.replace(', backend_config={"known_trip_count":{"n":"5"}}', ""))
     assert (found.collectives["reduce-scatter"], found.unknown_loops) == (1, 1)

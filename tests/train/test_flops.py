@@ -7,7 +7,7 @@ import pytest
 
 from tests.helpers import abstract_model
 from zamba2_jax import Zamba2Config
-from zamba2_jax.train.flops import forward_flops, peak_flops, train_flops
+from zamba2_jax.train.flops import executed_flops, forward_flops, peak_flops, train_flops
 
 CONFIG = dataclasses.replace(
     Zamba2Config.preset("zamba2-tiny"),
@@ -34,12 +34,19 @@ def test_the_count_is_that_of_the_compiler(unchecked, changes):
     tokens = jax.ShapeDtypeStruct((b, t), jnp.int32)
     compiled = jax.jit(lambda model, tokens: model(tokens)).lower(abstract_model(config), tokens).compile()
     assert "while(" not in compiled.as_text()
-    assert compiled.cost_analysis()["flops"] / (b * t) == pytest.approx(forward_flops(config, t), rel=0.03)
-    assert train_flops(config, t) == 3 * forward_flops(config, t)
+    assert compiled.cost_analysis()["flops"] / (b * t) == pytest.approx(sum(forward_flops(config, t)), rel=0.03)
+
+
+def test_a_step_is_three_passes_and_what_is_recomputed():
+    weights, mixing, head = forward_flops(CONFIG, 50)
+    once = train_flops(CONFIG, 50)
+    assert once == 3 * (weights + mixing + head)
+    again = {remat: executed_flops(CONFIG, 50, remat) - once for remat in ("none", "matmuls", "layer")}
+    assert again == {"none": head, "matmuls": head + mixing, "layer": head + mixing + weights}
 
 
 def test_attention_grows_with_the_row_and_the_scan_does_not():
-    per_token = [forward_flops(CONFIG, length) for length in (1024, 2048, 4096)]
+    per_token = [sum(forward_flops(CONFIG, length)) for length in (1024, 2048, 4096)]
     # Scores and values: two products of width 2d for each of the tokens added, in one call.
     assert per_token[1] - per_token[0] == 2 * 2 * (2 * 192) * 1024
     assert per_token[2] - per_token[1] == 2 * 2 * (2 * 192) * 2048
@@ -48,7 +55,7 @@ def test_attention_grows_with_the_row_and_the_scan_does_not():
 def test_the_7b_model_takes_two_flops_per_parameter_and_use():
     config = Zamba2Config.preset("zamba2-7b")
     # 7.36 B parameters; the two shared blocks run 13 times, so that more are used than there are.
-    assert 2 * 7.36e9 < forward_flops(config, 4096) < 2.5 * 2 * 7.36e9
+    assert 2 * 7.36e9 < sum(forward_flops(config, 4096)) < 2.5 * 2 * 7.36e9
 
 
 @pytest.mark.parametrize(

@@ -45,10 +45,10 @@ def plain():
 @pytest.mark.parametrize(
     "options",
     [
-        {"scan_layers": True, "remat": "none"},
+        pytest.param({"scan_layers": True, "remat": "none"}, marks=pytest.mark.slow),
         {"scan_layers": True, "remat": "layer", "microbatches": 4, "loss_chunk": 3},
         {"scan_layers": True, "remat": "matmuls", "microbatches": 2},
-        {"scan_layers": False, "remat": "layer", "microbatches": 8},
+        pytest.param({"scan_layers": False, "remat": "layer", "microbatches": 8}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -58,6 +58,7 @@ def test_loss_and_gradient_are_those_of_the_plain_pass(x64, options):
     assert_close(step(random_model(CONFIG, jnp.float64), packed()), plain(), 1e-12)
 
 
+@pytest.mark.slow
 def test_over_a_mesh_too(x64):
     config = dataclasses.replace(CONFIG, mamba_heads=8)
     model, batch, mesh = random_model(config, jnp.float64), packed(), make_mesh(fsdp=2, tensor=2)

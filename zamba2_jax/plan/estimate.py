@@ -13,10 +13,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from zamba2_jax.config import Zamba2Config
 from zamba2_jax.model import Zamba2
 from zamba2_jax.plan.chips import Chip, Slice
-from zamba2_jax.plan.flops import executed_flops, model_flops
 from zamba2_jax.plan.hlo import Traffic, traffic
 from zamba2_jax.sharding import RULES, abstract_on_mesh, check_mesh
 from zamba2_jax.train.data import Batch
+from zamba2_jax.train.flops import executed_flops, train_flops
 from zamba2_jax.train.optimizer import AdamW
 from zamba2_jax.train.step import StepConfig, TrainState, lower_train_step
 
@@ -53,7 +53,7 @@ class Estimate:
         parameters, optimizer: what stays from step to step.
         temporaries: what the step needs besides, by the compiler.
         memory: of a chip.
-        flops: executed, with what is recomputed; by formula, see `flops.executed_flops`.
+        flops: executed, with what is recomputed; by formula, see `train.flops.executed_flops`.
         traffic: bytes moved, from the compiled program.
         compute, memory_time, network: seconds at the peak rates.
         utilisation: model FLOPs, without what is recomputed, over those of the chips at peak in the longest time.
@@ -148,8 +148,8 @@ def _summary(
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None
     assert text is not None
-    moved = traffic(text)
-    flops = executed_flops(job.config, job.batch, job.length, job.step.remat) / chips
+    moved, tokens = traffic(text), job.batch * job.length
+    flops = executed_flops(job.config, job.length, job.step.remat) * tokens / chips
     compute = flops / chip.flops
     memory_time, network = moved.memory / chip.memory_bandwidth, sum(moved.sent.values()) / chip.link_bandwidth
     longest = max(compute, memory_time, network)
@@ -163,8 +163,8 @@ def _summary(
         compute=compute,
         memory_time=memory_time,
         network=network,
-        utilisation=model_flops(job.config, job.batch, job.length) / chips / chip.flops / longest,
-        tokens_per_second=job.batch * job.length / longest,
+        utilisation=train_flops(job.config, job.length) * tokens / chips / chip.flops / longest,
+        tokens_per_second=tokens / longest,
         compile_time=seconds,
     )
 

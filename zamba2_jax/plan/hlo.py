@@ -13,6 +13,7 @@ _CALLED = re.compile(
     r"(?:calls|body|condition|to_apply|true_computation|false_computation|branch_computations)=(\{[^}]*\}|%?[\w.-]+)"
 )
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 # What passes values on or only names them, and the ends of what began elsewhere.
 _FREE = frozenset(
@@ -72,6 +73,7 @@ def traffic(hlo: str) -> Traffic:
     entry, computations = _parse(hlo)
     fused = {name for instructions in computations.values() for i in instructions if _fuses(i) for name in i.called}
     memory, unknown = 0.0, 0
+    channels: set[str] = set()  # a TPU's collective that goes on beside several fusions stands in each of them
     sent: defaultdict[str, float] = defaultdict(float)
     runs: Counter[str] = Counter()
     for name, times, is_unknown in _executed(entry, computations):
@@ -79,7 +81,10 @@ def traffic(hlo: str) -> Traffic:
         by_name = {instruction.name: instruction for instruction in computations[name]}
         for instruction in by_name.values():
             kind, volume = _collective(instruction, name, by_name)
-            if kind:
+            channel = _CHANNEL.search(instruction.text)
+            key = f"{kind} {channel[1]}" if channel else f"{kind} of {name}.{instruction.name}"
+            if kind and key not in channels:
+                channels.add(key)
                 runs[kind] += times
                 sent[kind] += times * volume
             if name not in fused:
@@ -140,10 +145,24 @@ def _executed(entry: str, computations: dict[str, list[Instruction]]) -> Iterato
         for instruction in computations[name]:
             trips = 1
             if instruction.opcode == "while":
-                found = _TRIPS.search(instruction.text)
-                trips, unknown = int(found[1]) if found else 1, unknown + (not found)
+                known = _trips(instruction, computations)
+                trips, unknown = known or 1, unknown + (known is None)
             pending += [(each, times * trips) for each in instruction.called if each in computations]
         yield name, times, unknown
+
+
+def _trips(loop: Instruction, computations: dict[str, list[Instruction]]) -> int | None:
+    """How often a loop runs: as the compiler notes it, or by its condition, i < constant, with i from 0 as in JAX."""
+    if noted := _TRIPS.search(loop.text):
+        return int(noted[1])
+    condition = next(name for name in loop.called if f"condition=%{name}" in loop.text)
+    by_name = {instruction.name: instruction for instruction in computations[condition]}
+    for instruction in by_name.values():
+        if instruction.opcode == "compare" and "direction=LT" in instruction.text:
+            limit = by_name[instruction.operands[1]].text
+            if found := re.search(r" constant\((\d+)\)", limit):
+                return int(found[1])
+    return None
 
 
 def _fuses(instruction: Instruction) -> bool:
@@ -168,6 +187,9 @@ def _collective(instruction: Instruction, computation: str, by_name: dict[str, I
 def _group_size(text: str) -> int:
     if found := re.search(r"replica_groups=\[\d+,(\d+)\]", text):
         return int(found[1])
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", text):
+        sizes = dict(part.split("=") for part in found[1].split(","))
+        return math.prod(int(sizes[axis]) for axis in found[2].split(","))
     found = re.search(r"replica_groups=\{\{([\d,]+)\}", text)
     return len(found[1].split(",")) if found else 1
 

@@ -1,8 +1,14 @@
-"""How much arithmetic a model asks for, and how much of it a device can do."""
+"""How much arithmetic a model asks for, and how much of it a device can do.
+
+By formula: the compiler's own count takes the body of each loop once.
+"""
+
+from typing import NamedTuple
 
 import jax
 
 from zamba2_jax.config import Zamba2Config
+from zamba2_jax.model.stack import Remat
 
 SSD_CHUNK = 128
 """Tokens per chunk that the scan is counted with: a plain constant, so that speeds compare across implementations."""
@@ -21,7 +27,21 @@ PEAK_FLOPS = {
 }
 
 
-def forward_flops(config: Zamba2Config, length: int) -> float:
+class ForwardFlops(NamedTuple):
+    """FLOPs of a forward pass per token.
+
+    Attributes:
+        weights: products with weights, in the layers and in every call of a shared block.
+        mixing: between tokens: the convolution, the scan, scores and values of attention.
+        head: the output head.
+    """
+
+    weights: int
+    mixing: int
+    head: int
+
+
+def forward_flops(config: Zamba2Config, length: int) -> ForwardFlops:
     """FLOPs that a forward pass takes per token, in rows of `length` tokens; matrix products and the convolution only.
 
     Two for each multiplication and addition, over layers and calls, letters as in `zamba2_jax.typing`:
@@ -40,16 +60,27 @@ def forward_flops(config: Zamba2Config, length: int) -> float:
     d, e, f, a, v = config.hidden_size, config.inner_size, config.ffn_size, config.adapter_rank, config.vocab_size
     n, h, g, k, bc = config.d_state, config.mamba_heads, config.ngroups, config.d_conv, config.bc_size
     kv, s = config.kv_heads * config.attention_head_dim, min(SSD_CHUNK, length)
-    mamba = 2 * d * (2 * e + bc + h) + 2 * k * (e + bc) + 2 * e * d + 2 * (g * n + e) * s + 4 * e * n
-    call = 4 * d * (2 * d + 2 * kv) + 4 * d * d + 8 * d * length + 2 * (3 * d * f + d * d) + 2 * (d * a + 2 * a * f)
-    if config.attention_adapters:
-        call += 2 * (6 * d * a + a * (2 * d + 2 * kv))
-    return config.num_layers * mamba + config.num_calls * call + 2 * d * v
+    adapters = 2 * (6 * d * a + a * (2 * d + 2 * kv)) if config.attention_adapters else 0
+    mamba = 2 * d * (2 * e + bc + h) + 2 * e * d
+    call = 4 * d * (2 * d + 2 * kv) + 4 * d * d + 2 * (3 * d * f + d * d) + 2 * (d * a + 2 * a * f) + adapters
+    scan = 2 * k * (e + bc) + 2 * (g * n + e) * s + 4 * e * n
+    return ForwardFlops(
+        weights=config.num_layers * mamba + config.num_calls * call,
+        mixing=config.num_layers * scan + config.num_calls * 8 * d * length,
+        head=2 * d * v,
+    )
 
 
-def train_flops(config: Zamba2Config, length: int) -> float:
+def train_flops(config: Zamba2Config, length: int) -> int:
     """FLOPs that a training step takes per token: the backward pass is two forward ones; what is recomputed is not."""
-    return 3 * forward_flops(config, length)
+    return 3 * sum(forward_flops(config, length))
+
+
+def executed_flops(config: Zamba2Config, length: int, remat: Remat) -> int:
+    """`train_flops` with what is recomputed: always the logits, and what `remat` does not keep."""
+    forward = forward_flops(config, length)
+    again = {"none": 0, "matmuls": forward.mixing, "layer": forward.weights + forward.mixing}[remat]
+    return 3 * sum(forward) + forward.head + again
 
 
 def peak_flops(device: jax.Device) -> float | None:
