@@ -53,6 +53,16 @@ ENTRY %main (p: (s32[], f32[5,100], f32[100], bf16[80]), q: f32[30]) -> f32[100]
 """  # noqa: E501
 
 
+@pytest.mark.parametrize(
+    "groups", ["[2,3]<=[6]", "mesh['a'=3,'b'=2] {'a'}", "mesh['a'=3,'b'=2], device_ids=([2,3]T(1,0)) {'a'}"]
+)
+def test_groups_in_every_form(groups):
+    module = MODULE.replace("{{0,1,2},{3,4,5}}", groups)
+    assert traffic(module) == traffic(MODULE)
+    with pytest.raises(ValueError, match=r"in a form that is not known here: .*all-gather-start"):
+        traffic(MODULE.replace("{{0,1,2},{3,4,5}}", "?"))
+
+
 def test_traffic_by_hand():
     found = traffic(MODULE)
     assert found.collectives == {"all-gather": 1, "collective-permute": 1, "reduce-scatter": 5}

@@ -185,13 +185,15 @@ def _collective(instruction: Instruction, computation: str, by_name: dict[str, I
 
 
 def _group_size(text: str) -> int:
+    """Devices that a collective joins: [groups, size], the axes of a mesh, or every group by its members."""
     if found := re.search(r"replica_groups=\[\d+,(\d+)\]", text):
         return int(found[1])
-    if found := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", text):
+    if found := re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", text):
         sizes = dict(part.split("=") for part in found[1].split(","))
         return math.prod(int(sizes[axis]) for axis in found[2].split(","))
-    found = re.search(r"replica_groups=\{\{([\d,]+)\}", text)
-    return len(found[1].split(",")) if found else 1
+    if found := re.search(r"replica_groups=\{(?:\{([\d,]+)\}|\})", text):
+        return len((found[1] or "0").split(","))
+    raise ValueError(f"the groups of a collective are in a form that is not known here: {text}")
 
 
 def _memory(
