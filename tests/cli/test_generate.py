@@ -55,10 +55,14 @@ def test_lines_come_from_standard_input_and_go_to_standard_output(call, continua
 
 
 def test_an_interrupted_job_keeps_what_is_done_and_goes_on(directory, tmp_path):
-    """In processes of their own, which also keep their compiled programs where the user's caches are."""
+    """In processes of their own, which also keep their compiled programs where the user's caches are.
+
+    With one slot, so that nearly all is still to be done when the first prompt is.
+    """
     lines = [{"prompt": "the cat", "id": f"n{i}", "temperature": 1.0, "max_new_tokens": 400 + i} for i in range(40)]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    words = ["generate", "--model", str(directory), "--ignore-eos", "--input", str(tmp_path / "in.jsonl"), "--output"]
+    words = ["generate", "--model", str(directory), "--ignore-eos", "--slots", "1"]
+    words += ["--input", str(tmp_path / "in.jsonl"), "--output"]
     out = tmp_path / "out.jsonl"
     environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
     environment |= {"XDG_CACHE_HOME": str(tmp_path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}

@@ -122,7 +122,6 @@ def test_wrong_options_are_named(options, message):
 
 
 def test_parts_that_do_not_divide_the_batch_are_refused():
+    batch = packed()
     with pytest.raises(ValueError, match="microbatches=3 does not divide the batch of 8 rows"):
-        jax.eval_shape(
-            lambda model: loss_and_gradient(model, packed(), StepConfig(microbatches=3)), random_model(CONFIG)
-        )
+        jax.eval_shape(lambda model: loss_and_gradient(model, batch, StepConfig(microbatches=3)), random_model(CONFIG))
