@@ -17,6 +17,7 @@ from rich.table import Table
 from zamba2_jax.config import Zamba2Config
 from zamba2_jax.parity.case import VARIANTS, Case
 from zamba2_jax.parity.evidence import Row
+from zamba2_jax.train.files import write_atomically
 
 if TYPE_CHECKING:
     from zamba2_jax.parity.check import Report
@@ -82,7 +83,8 @@ class Parity:
             console.print(_table(f"{report.case}, by kind", report.groups))
             _print_verdict(console, report)
         if self.json is not None:
-            _write_json(self.json, [dataclasses.asdict(report) for report in reports])
+            text = json.dumps([dataclasses.asdict(report) for report in reports], indent=1) + "\n"
+            write_atomically(self.json, lambda path: path.write_text(text, encoding="utf-8"))
         failed = [report.case for report in reports if report.failures]
         if len(cases) > 1:
             console.print(f"{len(reports) - len(failed)} of {len(reports)} cases within the limits", style="bold")
@@ -153,9 +155,3 @@ def _print_verdict(console: Console, report: "Report") -> None:
     console.print(f"{report.case}: beyond the limits", style="red", soft_wrap=True)
     for failure in report.failures:
         console.print(f"  {failure}", style="red", soft_wrap=True)
-
-
-def _write_json(path: Path, reports: list[dict]) -> None:
-    scratch = path.with_name(f".{path.name}.tmp")
-    scratch.write_text(json.dumps(reports, indent=1) + "\n", encoding="utf-8")
-    scratch.replace(path)
