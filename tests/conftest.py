@@ -19,6 +19,10 @@ CHECKED = [
     f"zamba2_jax.{folder}.{file.stem}" for folder in ("ops", "model") for file in (PACKAGE / folder).glob("*.py")
 ]
 CHECKED.remove("zamba2_jax.model.cache")
+# Compiling takes three quarters of the tests' time, half of it for programs as fast as users get them. No matter here,
+# but where rounding is measured: see parity/conftest.py. Processes that tests start compile as users do.
+jax.config.update("jax_disable_most_optimizations", True)
+
 jaxtyping.install_import_hook(
     [*CHECKED, "zamba2_jax.generate.decode", "zamba2_jax.generate.score"], "beartype.beartype"
 )

@@ -1,6 +1,7 @@
 """What the tests share: comparisons, random models, and the batches they run on."""
 
 import dataclasses
+import sys
 from functools import cache, partial
 
 import jax
@@ -9,6 +10,14 @@ import numpy as np
 from flax import nnx
 
 from zamba2_jax import Zamba2, Zamba2Config
+
+COMMAND = [
+    sys.executable,
+    "-c",
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+    "from zamba2_jax.cli.main import main; sys.exit(main())",
+]
+"""`zamba2` as a process, which Ctrl-C interrupts even if the tests run in the background."""
 
 TINY = Zamba2Config.preset("zamba2-tiny")
 

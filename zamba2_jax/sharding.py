@@ -106,17 +106,23 @@ def shard_model(model: ModelT, mesh: Mesh) -> ModelT:
 
 
 def abstract_on_mesh(tree: Tree, mesh: Mesh) -> Tree:
-    """Shapes, as of `jax.eval_shape`, with the shardings that the parameters among them have on the mesh.
+    """Shapes, as of `jax.eval_shape`, with their places on the mesh: parameters have theirs, all else is everywhere.
 
     Raises:
         ValueError: as in `parameter_sharding`.
     """
 
-    def place(shape: Array, parameter: nnx.Param) -> Array:
-        sharding = parameter_sharding(parameter, mesh)
-        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)  # type: ignore[return-value]
+    def placed(leaf):
+        if isinstance(leaf, nnx.Param):
+            return leaf.replace(_abstract(leaf, parameter_sharding(leaf, mesh)))
+        return _abstract(leaf, NamedSharding(mesh, PartitionSpec()))
 
-    return _map_parameters(place, tree)
+    return jax.tree.map(placed, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Where the rows of a batch are, [b, t]."""
+    return NamedSharding(mesh, _spec(("batch", "time")))
 
 
 def constrain_parameters(tree: Tree) -> Tree:
@@ -187,6 +193,10 @@ def split_axis(axis: str | None) -> str | None:
 def parts(axis: str | None, mesh: Mesh | AbstractMesh) -> int:
     """Into how many parts the mesh divides a logical axis."""
     return math.prod(mesh.shape[name] for name in _mesh_axes(axis))
+
+
+def _abstract(like: jax.ShapeDtypeStruct | nnx.Param, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=sharding)
 
 
 def _map_parameters(function: Callable[[Array, nnx.Param], Array], tree: Tree) -> Tree:

@@ -10,12 +10,12 @@ from types import SimpleNamespace
 import pytest
 
 from tests.generate.checkpoints import CONFIG, write_checkpoint
+from tests.helpers import COMMAND
 from zamba2_jax import generate, load_hf
 from zamba2_jax.cli import options
 from zamba2_jax.cli.main import main
 from zamba2_jax.generate.tokenizer import load_tokenizer
 
-COMMAND = [sys.executable, "-c", "import sys; from zamba2_jax.cli.main import main; sys.exit(main())"]
 PROMPTS = ["the cat", "on the mat"]
 
 

@@ -35,12 +35,11 @@ def test_variant_is_within_the_limits_in_float32(name):
 
 @pytest.mark.parametrize("name", ["1.2b-miniature", pytest.param("7b-miniature", marks=pytest.mark.slow)])
 def test_variant_is_within_the_limits_in_bfloat16(name):
-    case = dataclasses.replace(VARIANTS[name], batch=8)
-    assert check(case, dtype="bfloat16", new_tokens=2).failures == ()
+    assert check(VARIANTS[name], dtype="bfloat16", new_tokens=2).failures == ()
 
 
 def test_streaming_agrees_with_the_whole_model(tmp_path):
-    case = Case("streamed", SMALL, batch=1, seq=21)
+    case = Case("streamed", SMALL, seq=21)
     save_hf(random_model(SMALL, seed=0), tmp_path / "model")
     whole = {row.name: row for row in check(case, new_tokens=2).rows}
     for directory in (None, tmp_path / "model"):
@@ -56,7 +55,7 @@ def test_a_wrong_model_fails_and_the_command_says_so(monkeypatch, tmp_path, caps
     save_hf(random_model(SMALL, seed=0), tmp_path / "model")
     real_rotate = shared.rotate
     monkeypatch.setattr(shared, "rotate", lambda x, positions, base: real_rotate(x, positions, base * 1.01))
-    options = Parity(model=tmp_path / "model", seq=9, new_tokens=2, json=tmp_path / "report.json")
+    options = Parity(model=tmp_path / "model", batch=8, seq=9, new_tokens=2, json=tmp_path / "report.json")
     assert options.run() == 1
     assert "beyond the limits" in capsys.readouterr().out
     (report,) = json.loads((tmp_path / "report.json").read_text())
@@ -65,7 +64,7 @@ def test_a_wrong_model_fails_and_the_command_says_so(monkeypatch, tmp_path, caps
 
 def test_the_command_succeeds_on_a_checkpoint_and_prints_every_row(tmp_path, capsys):
     save_hf(random_model(SMALL, seed=0), tmp_path / "model")
-    assert Parity(model=tmp_path / "model", seq=9, new_tokens=2).run() == 0
+    assert Parity(model=tmp_path / "model", batch=8, seq=9, new_tokens=2).run() == 0
     printed = capsys.readouterr().out
     for word in (
         "embed",
@@ -96,7 +95,7 @@ def test_bad_options_are_refused_before_anything_runs(options, message):
 
 
 def test_without_gradients_all_else_is_compared():
-    case = Case("forward", SMALL, batch=1, seq=9)
+    case = Case("forward", SMALL, seq=9)
     for report in (check(case, new_tokens=2, gradients=False), check_streaming(case, gradients=False)):
         assert report.failures == ()
         assert {row.group for row in report.rows} == set(GROUPS) - {"gradient"}

@@ -1,7 +1,6 @@
 """Training runs small enough to make many of."""
 
 import json
-import sys
 
 import numpy as np
 
@@ -56,9 +55,6 @@ def table(path, **changes):
 def config(path, **changes):
     return from_table(RunConfig, table(path, **changes))
 
-
-COMMAND = [sys.executable, "-c", "import sys; from zamba2_jax.cli.main import main; sys.exit(main())", "train"]
-"""`zamba2 train` as a process."""
 
 TIMES = ("seconds", "waited", "memory")
 

@@ -23,7 +23,8 @@ from zamba2_jax.train.directory import NAMES, claim
 from zamba2_jax.train.hosts import run_mesh
 from zamba2_jax.train.loop import DivergedError
 from zamba2_jax.train.metrics import read_records
-from zamba2_jax.train.run import abstract_state, run
+from zamba2_jax.train.run import run
+from zamba2_jax.train.step import abstract_state
 
 QUIET = Console(quiet=True)
 

@@ -12,11 +12,12 @@ import jax
 import numpy as np
 import pytest
 
-from tests.train.runs import COMMAND, config, numbers, table
+from tests.helpers import COMMAND
+from tests.train.runs import config, numbers, table
 from zamba2_jax.checkpoint.history import Checkpoints
 from zamba2_jax.train.hosts import run_mesh
 from zamba2_jax.train.metrics import read_records
-from zamba2_jax.train.run import abstract_state
+from zamba2_jax.train.step import abstract_state
 
 PHASES = [
     {"name": "first", "steps": 30, "shares": {"a": 1.0}, "warmup_steps": 2},
@@ -37,7 +38,7 @@ def start(tmp_path):
         cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
         cache["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         environment = os.environ | cache | {"XLA_FLAGS": flags}
-        command = [*COMMAND, "--config", str(path), *options]
+        command = [*COMMAND, "train", "--config", str(path), *options]
         with (tmp_path / f"{directory}.log").open("a") as log:
             process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
         running.append(process)

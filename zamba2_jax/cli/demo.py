@@ -1,7 +1,6 @@
 """`zamba2 demo`: the whole way from text to a model that writes, in minutes."""
 
 import dataclasses
-import json
 import math
 import shutil
 import time
@@ -24,7 +23,7 @@ from zamba2_jax.model import Zamba2
 from zamba2_jax.train.corpus import TokenizedCorpus, tokenize_embedded_corpus
 from zamba2_jax.train.curves import plot_curves
 from zamba2_jax.train.data import held_out
-from zamba2_jax.train.files import write_atomically
+from zamba2_jax.train.files import write_atomically, write_json
 from zamba2_jax.train.loop import make_stages, train
 from zamba2_jax.train.metrics import EvalRecord, JsonLines, Record, TrainRecord, bits_per_byte, tee
 from zamba2_jax.train.optimizer import AdamW
@@ -210,7 +209,7 @@ def prepare_output(directory: Path, settings: dict[str, Any]) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
-    _write_json(directory / MARKER, settings)
+    write_json(directory / MARKER, settings)
 
 
 def save(state: TrainState, tokenizer: Tokenizer, directory: Path) -> None:
@@ -240,7 +239,7 @@ def summarize(
         "seconds": seconds,
         "skipped_steps": train_records[-1].skipped,
     }
-    _write_json(directory / "summary.json", summary)
+    write_json(directory / "summary.json", summary)
     console.print()
     console.print(table)
     console.print(f"{trained:,} tokens at {trained / training:,.0f} tokens/s; {seconds:.0f} s in all")
@@ -251,8 +250,3 @@ def _is_output(name: str) -> bool:
     """Whether the demo writes this name, or leaves it behind when it is killed while writing."""
     partial = name.startswith((*(f".{Path(output).stem}." for output in OUTPUTS), "checkpoint.orbax-checkpoint-tmp"))
     return name in OUTPUTS or partial
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    text = json.dumps(value, indent=2) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

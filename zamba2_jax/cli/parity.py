@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.status import Status
 from rich.table import Table
 
+from zamba2_jax.cli.output import check_json_option, table_console
 from zamba2_jax.config import Zamba2Config
 from zamba2_jax.parity.case import VARIANTS, Case
 from zamba2_jax.parity.evidence import Row
@@ -21,9 +22,6 @@ from zamba2_jax.train.files import write_atomically
 
 if TYPE_CHECKING:
     from zamba2_jax.parity.check import Report
-
-WIDTH = 120
-"""Of the tables where there is no terminal to fill."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,12 +67,11 @@ class Parity:
             ValueError: an option is not valid, or the extra `parity` is not installed.
         """
         cases = self._cases()
-        if self.json is not None and not self.json.parent.is_dir():
-            raise ValueError(f"--json {self.json}: there is no directory {self.json.parent}")
+        check_json_option(self.json)
         missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
         if missing:
             raise ValueError(f"parity needs {' and '.join(missing)}: pip install 'zamba2-jax[parity]'")
-        console = Console(width=None if sys.stdout.isatty() else WIDTH)
+        console = table_console()
         reports = []
         for report in self._reports(cases):
             reports.append(report)

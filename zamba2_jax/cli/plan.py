@@ -1,8 +1,6 @@
 """`zamba2 plan`: what a training step takes on chips that are not there."""
 
 import dataclasses
-import json
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -11,6 +9,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from zamba2_jax.cli.output import check_json_option, table_console
 from zamba2_jax.config import Zamba2Config
 from zamba2_jax.model.stack import Remat
 from zamba2_jax.ops.ssd import Implementation
@@ -18,11 +17,8 @@ from zamba2_jax.plan.chips import Slice, describe_slice
 from zamba2_jax.plan.estimate import DoesNotFitError, Estimate, Job, estimate
 from zamba2_jax.plan.search import candidates
 from zamba2_jax.sharding import MESH_AXES
-from zamba2_jax.train.files import write_atomically
+from zamba2_jax.train.files import write_json
 from zamba2_jax.train.step import StepConfig
-
-WIDTH = 120
-"""Of the tables where there is no terminal to fill."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,12 +58,11 @@ class Plan:
         Raises:
             ValueError: an option is not valid, or the extra `tpu` is not installed.
         """
-        if self.json is not None and not self.json.parent.is_dir():
-            raise ValueError(f"--json {self.json}: there is no directory {self.json.parent}")
+        check_json_option(self.json)
         job = self._job()
         jax.config.update("jax_platforms", "cpu")  # nothing runs: an accelerator that is there stays free
         slice = describe_slice(self.topology)
-        console = Console(width=None if sys.stdout.isatty() else WIDTH)
+        console = table_console()
         tried = candidates(job, slice) if self.search else [(job, _sizes(self.mesh, len(slice.devices)))]
         found = {}
         for each, sizes in tried:
@@ -83,7 +78,7 @@ class Plan:
                 console.print(_details(label, result))
         if self.json is not None:
             numbers = {label: dataclasses.asdict(result) for label, result in found.items()}
-            write_atomically(self.json, lambda path: path.write_text(json.dumps(numbers, indent=2) + "\n"))
+            write_json(self.json, numbers)
         return 0 if fitting else 1
 
     def _job(self) -> Job:

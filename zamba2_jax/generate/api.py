@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import TypeVar, cast
 
-from zamba2_jax.generate.decode import check_tokens, next_power_of_two, rounded_capacity
+from zamba2_jax.generate.decode import check_tokens
 from zamba2_jax.generate.engine import Completion, Engine, Event, Request
 from zamba2_jax.generate.sampling import GREEDY, Sampling
 from zamba2_jax.generate.text import Tokenizer, token_lists
@@ -94,7 +94,7 @@ def _engine_with(
     vocab_size = model.config.vocab_size
     rows = [check_tokens(row, vocab_size, f"prompt {i}") for i, row in enumerate(token_lists(prompts, tokenizer))]
     if isinstance(sampling, Sampling):
-        sampling = [dataclasses.replace(sampling, seed=(sampling.seed + i) % 2**32) for i in range(len(rows))]
+        sampling = [sampling.for_prompt(i) for i in range(len(rows))]
     if len(sampling) != len(rows):
         raise ValueError(f"sampling has {len(sampling)} entries: expected one, or {len(rows)}, as prompts")
     requests = [
@@ -102,12 +102,8 @@ def _engine_with(
         for row, how in zip(rows, sampling, strict=True)
     ]
     before = len(check_tokens(prefix, vocab_size, "prefix")) if len(prefix) else 0
-    engine = Engine(
-        model,
-        slots=min(slots, next_power_of_two(len(rows))),
-        capacity=rounded_capacity(before + max(map(len, rows)) + max_new_tokens),
-        decode=None if tokenizer is None else tokenizer.decode,
-    )
+    decode = None if tokenizer is None else tokenizer.decode
+    engine = Engine.for_requests(model, requests, slots=slots, before=before, decode=decode)
     for request in requests:
         engine.check(request)
     taken = engine.prefix(prefix) if before else None

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from zamba2_jax.generate.decode import check_tokens, next_power_of_two, rounded_capacity
+from zamba2_jax.generate.decode import check_tokens
 from zamba2_jax.generate.engine import Completion, Engine, Request
 from zamba2_jax.generate.sampling import Sampling
 from zamba2_jax.generate.text import Tokenizer, token_lists
@@ -96,7 +96,7 @@ def make_job(
     if not isinstance(name, str | int) or isinstance(name, bool):
         raise ValueError(f"id={name!r}: expected a string or an integer")
     prompt, tokens = _prompt(line, tokenizer, vocab_size)
-    sampling = dataclasses.replace(defaults.sampling, seed=(defaults.sampling.seed + index) % 2**32)
+    sampling = defaults.sampling.for_prompt(index)
     request = dataclasses.replace(
         defaults,
         prompt=tokens,
@@ -126,13 +126,8 @@ def make_engine(
         slots: most jobs that run at a time.
         capacity: most tokens of each; as many as the longest needs by default.
     """
-    longest = max(len(job.request.prompt) + job.request.max_new_tokens for job in jobs)
-    return Engine(
-        model,
-        slots=min(slots, next_power_of_two(len(jobs))),
-        capacity=rounded_capacity(longest) if capacity is None else capacity,
-        decode=None if tokenizer is None else tokenizer.decode,
-    )
+    decode = None if tokenizer is None else tokenizer.decode
+    return Engine.for_requests(model, [job.request for job in jobs], slots=slots, capacity=capacity, decode=decode)
 
 
 def run_jobs(engine: Engine, jobs: Iterable[Job]) -> Iterator[tuple[Job, Completion]]:

@@ -19,7 +19,13 @@ import numpy as np
 from flax import struct
 
 from zamba2_jax.config import Zamba2Config
-from zamba2_jax.generate.decode import check_tokens, padded_length, prefill_donated
+from zamba2_jax.generate.decode import (
+    check_tokens,
+    next_power_of_two,
+    padded_length,
+    prefill_donated,
+    rounded_capacity,
+)
 from zamba2_jax.generate.sampling import GREEDY, Sampling, SamplingRows, is_int, log_probability, sample
 from zamba2_jax.generate.text import Decode, TextStream
 from zamba2_jax.model.cache import Cache, init_cache, placed
@@ -183,6 +189,35 @@ class Engine:
         self._queue: deque[_Task] = deque()
         self._events: deque[Event] = deque()
         self._numbers = itertools.count()
+
+    @classmethod
+    def for_requests(
+        cls,
+        model: Zamba2,
+        requests: Sequence[Request],
+        *,
+        slots: int,
+        before: int = 0,
+        capacity: int | None = None,
+        decode: Decode | None = None,
+    ) -> "Engine":
+        """An engine as large as some requests need, which are still to be submitted.
+
+        Args:
+            model: the model.
+            requests: at least one.
+            slots: most requests that run at a time; fewer slots are made for few requests.
+            before: tokens of the prefix that they are still to get.
+            capacity: tokens per slot; as many as the longest request needs by default.
+            decode: as for an engine.
+        """
+        longest = before + max(len(request.prompt) + request.max_new_tokens for request in requests)
+        return cls(
+            model,
+            slots=min(slots, next_power_of_two(len(requests))),
+            capacity=rounded_capacity(longest) if capacity is None else capacity,
+            decode=decode,
+        )
 
     def submit(self, request: Request) -> int:
         """Queues a request, also while `events` is being read, and gives its number, counted from 0.

@@ -16,7 +16,6 @@ from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from zamba2_jax.checkpoint.hf import load_hf
-from zamba2_jax.generate.decode import next_power_of_two, rounded_capacity
 from zamba2_jax.generate.engine import Completion, Engine, Request
 from zamba2_jax.generate.sampling import Sampling
 from zamba2_jax.generate.score import score_tokens
@@ -139,12 +138,7 @@ class Harness(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continuations up to a stop string; request i is drawn with seed i where it is drawn at all."""
         jobs = [self._request(*request.args, seed=i) for i, request in enumerate(requests)]
-        engine = Engine(
-            self._model,
-            slots=min(self._batch_size, next_power_of_two(len(jobs))),
-            capacity=rounded_capacity(max(len(job.prompt) + job.max_new_tokens for job in jobs)),
-            decode=self.tokenizer.decode,
-        )
+        engine = Engine.for_requests(self._model, jobs, slots=self._batch_size, decode=self.tokenizer.decode)
         # Of like lengths together: those that begin together end together more often.
         order = sorted(range(len(jobs)), key=lambda i: -len(jobs[i].prompt))
         of_number = {engine.submit(jobs[i]): i for i in order}

@@ -76,6 +76,10 @@ class Sampling:
             if not valid:
                 raise ValueError(f"{field}={getattr(self, field)!r}: expected {rule}")
 
+    def for_prompt(self, i: int) -> "Sampling":
+        """The same with the seed after it by i: for prompt i of many, so that one given twice goes on in two ways."""
+        return dataclasses.replace(self, seed=(self.seed + i) % 2**32)
+
 
 GREEDY = Sampling()
 

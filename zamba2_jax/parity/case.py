@@ -38,14 +38,14 @@ class Case:
     Attributes:
         name: of the case.
         config: the architecture.
-        batch: rows.
+        batch: rows. Rounding errors of a row go together: with few rows their ratio on two sides is a matter of luck.
         seq: tokens per row.
         left_padding: padding at the start of each row; none by default.
     """
 
     name: str
     config: Zamba2Config
-    batch: int = 2
+    batch: int = 8
     seq: int = 45
     left_padding: tuple[int, ...] = ()
 
@@ -100,8 +100,8 @@ def _variants() -> dict[str, Case]:
     cases = [Case(name, dataclasses.replace(base, **change)) for name, change in changes.items()]
     cases += [
         Case("long-context-rope", base.with_long_context()),
-        Case("many-chunks", base, batch=1, seq=201),
-        Case("left-padding", base, batch=4, seq=37, left_padding=(0, 5, 21, 1)),
+        Case("many-chunks", base, batch=4, seq=201),
+        Case("left-padding", base, seq=37, left_padding=(0, 5, 21, 1, 0, 36, 3, 11)),
     ]
     return {case.name: case for case in cases}
 

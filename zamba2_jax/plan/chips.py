@@ -13,6 +13,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 from zamba2_jax.sharding import MESH_AXES
+from zamba2_jax.train.flops import PEAK_FLOPS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +36,9 @@ class Chip:
 # docs.cloud.google.com/tpu/docs/{v5e,v5p,v6e}: "HBM capacity", "Peak compute per chip (bf16)", "HBM bandwidth", and
 # half of "Bidirectional inter-chip interconnect (ICI) bandwidth". The CPU has round numbers of no machine.
 CHIPS = {
-    "v5e": Chip(16e9, 197e12, 819e9, 400e9 / 2),
-    "v5p": Chip(95e9, 459e12, 2765e9, 1200e9 / 2),
-    "v6e": Chip(32e9, 918e12, 1638e9, 800e9 / 2),
+    "v5e": Chip(16e9, PEAK_FLOPS["TPU v5 lite"], 819e9, 400e9 / 2),
+    "v5p": Chip(95e9, PEAK_FLOPS["TPU v5"], 2765e9, 1200e9 / 2),
+    "v6e": Chip(32e9, PEAK_FLOPS["TPU v6 lite"], 1638e9, 800e9 / 2),
     "cpu": Chip(16e9, 1e12, 100e9, 10e9),
 }
 

@@ -6,19 +6,16 @@ import time
 from collections.abc import Mapping
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from zamba2_jax.config import Zamba2Config
 from zamba2_jax.model import Zamba2
 from zamba2_jax.plan.chips import Chip, Slice
 from zamba2_jax.plan.hlo import Traffic, traffic
-from zamba2_jax.sharding import RULES, abstract_on_mesh, check_mesh
-from zamba2_jax.train.data import Batch
+from zamba2_jax.sharding import check_mesh
 from zamba2_jax.train.flops import executed_flops, train_flops
 from zamba2_jax.train.optimizer import AdamW
-from zamba2_jax.train.step import StepConfig, TrainState, lower_train_step
+from zamba2_jax.train.step import StepConfig, TrainState, abstract_batch, abstract_state, lower_train_step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,24 +110,13 @@ def estimate(job: Job, slice: Slice, sizes: Mapping[str, int]) -> Estimate:
     check_mesh(job.config, mesh, batch=job.batch // job.step.microbatches, length=job.length)
     optimizer = AdamW().transformation()
     with jax.set_mesh(mesh):
-        state, batch = _abstract(job, mesh)
+        state = abstract_state(job.config, optimizer, mesh, "float32")
+        batch = abstract_batch(job.batch, job.length, mesh)
         lowered = lower_train_step(state, batch, optimizer=optimizer, schedule=lambda step: 1e-4, config=job.step)
         begin = time.perf_counter()
         compiled = _compile(lowered)
         seconds = time.perf_counter() - begin
     return _summary(job, slice.chip, len(slice.devices), state, compiled, seconds)
-
-
-def _abstract(job: Job, mesh: Mesh) -> tuple[TrainState, Batch]:
-    """Shapes and shardings of a state and a batch."""
-
-    def init() -> TrainState:
-        model, (step, skipped) = Zamba2(job.config, rngs=nnx.Rngs(0)), jnp.zeros((2,), jnp.int32)
-        return TrainState(step=step, skipped=skipped, model=model, opt_state=AdamW().transformation().init(model))
-
-    rows = NamedSharding(mesh, PartitionSpec(RULES["batch"], RULES["time"]))
-    tokens = jax.ShapeDtypeStruct((job.batch, job.length), jnp.int32, sharding=rows)
-    return abstract_on_mesh(jax.eval_shape(init), mesh), Batch(tokens=tokens, segment_ids=tokens)  # type: ignore[arg-type]
 
 
 def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
@@ -170,8 +156,4 @@ def _summary(
 
 
 def _bytes_per_chip(tree: object) -> int:
-    def size(leaf: jax.ShapeDtypeStruct) -> int:
-        shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
-        return math.prod(shape) * leaf.dtype.itemsize
-
-    return sum(map(size, jax.tree.leaves(tree)))
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from zamba2_jax.config import Zamba2Config
 from zamba2_jax.train.config import EMBEDDED_TOKENIZER, RunConfig, differences, from_table
 from zamba2_jax.train.corpus import embedded_tokenizer
-from zamba2_jax.train.files import write_atomically, write_directory_atomically
+from zamba2_jax.train.files import write_directory_atomically, write_json
 from zamba2_jax.train.tokenizer import load_tokenizer, save_tokenizer
 
 CONFIG = "config.json"  # the RunConfig with all its defaults; written last, so that it says that a run is here
@@ -109,8 +109,8 @@ def write_run(config: RunConfig, architecture: Zamba2Config, tokenizer: Tokenize
     """
     if tokenizer is not None and not (directory / TOKENIZER).is_dir():
         write_directory_atomically(directory / TOKENIZER, lambda path: _write_tokenizer(config, tokenizer, path))
-    _write_json(directory / ARCHITECTURE, dataclasses.asdict(architecture))
-    _write_json(directory / CONFIG, config.as_dict())
+    write_json(directory / ARCHITECTURE, dataclasses.asdict(architecture))
+    write_json(directory / CONFIG, config.as_dict())
 
 
 def _write_tokenizer(config: RunConfig, tokenizer: Tokenizer, directory: Path) -> None:
@@ -135,8 +135,3 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}") from error
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    text = json.dumps(value, indent=2) + "\n"
-    write_atomically(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

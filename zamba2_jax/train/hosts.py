@@ -6,9 +6,9 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 
 import jax
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from zamba2_jax.sharding import RULES, make_mesh
+from zamba2_jax.sharding import batch_sharding, make_mesh
 from zamba2_jax.train.config import MeshConfig
 from zamba2_jax.train.data import Batch
 
@@ -26,11 +26,6 @@ def run_mesh(sizes: MeshConfig) -> Mesh:
             f"of the {jax.process_count()} processes"
         )
     return mesh
-
-
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Where the rows of a batch are, [b, t]."""
-    return NamedSharding(mesh, PartitionSpec(RULES["batch"], RULES["time"]))
 
 
 def host_share(mesh: Mesh, batch_size: int, length: int) -> tuple[int, int]:

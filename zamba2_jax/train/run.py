@@ -7,33 +7,32 @@ import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from rich.console import Console
 
 from zamba2_jax.checkpoint.hf import load_hf
 from zamba2_jax.checkpoint.history import Checkpoints
 from zamba2_jax.config import Zamba2Config
 from zamba2_jax.model import Zamba2
-from zamba2_jax.sharding import check_mesh, parameter_sharding
+from zamba2_jax.sharding import check_mesh
 from zamba2_jax.train import directory as layout
 from zamba2_jax.train.config import LoggingConfig, RunConfig
 from zamba2_jax.train.data import Batch, held_out
 from zamba2_jax.train.documents import Documents
 from zamba2_jax.train.flops import peak_flops, train_flops
-from zamba2_jax.train.hosts import batch_sharding, host_share, place, preemption, run_mesh
+from zamba2_jax.train.hosts import host_share, place, preemption, run_mesh
 from zamba2_jax.train.loop import AfterStep, DivergedError, Position, Stage, make_stages, train
 from zamba2_jax.train.metrics import JsonLines, Record, Report, TensorBoard, TrainRecord, tee
 from zamba2_jax.train.progress import ProgressView
 from zamba2_jax.train.schedule import boundaries, learning_rate
 from zamba2_jax.train.sources import SourceConfig, open_documents
-from zamba2_jax.train.step import TrainState, compile_train_step, init_state
+from zamba2_jax.train.step import TrainState, abstract_batch, abstract_state, compile_train_step, init_state
 
 
 def run(config: RunConfig, console: Console) -> bool:
@@ -132,7 +131,11 @@ def _go_on(
     state, start = _start(plan, optimizer, checkpoints)
     schedule = learning_rate(config.phases, config.learning_rate)
     step = compile_train_step(
-        state, _abstract_batch(config, mesh), optimizer=optimizer, schedule=schedule, config=config.step
+        state,
+        abstract_batch(config.batch_size, config.length, mesh),
+        optimizer=optimizer,
+        schedule=schedule,
+        config=config.step,
     )
     report = _open_reports(plan, taken, console, stack) if jax.process_index() == 0 else _ignore
     profiler = stack.enter_context(_Profiler(config.logging, plan.directory / layout.PROFILE))
@@ -157,19 +160,6 @@ def _go_on(
         raise kind(f"{error}; {kept}") from error
 
 
-def abstract_state(config: Zamba2Config, optimizer: optax.GradientTransformation, mesh: Mesh, dtype: str) -> TrainState:
-    """Shapes, dtypes and places of a training state; moments of the optimizer are where their parameters are."""
-    state = jax.eval_shape(lambda: init_state(_random_model(config, 0, dtype), optimizer))
-    everywhere = NamedSharding(mesh, PartitionSpec())
-
-    def placed(leaf: nnx.Variable | jax.ShapeDtypeStruct) -> nnx.Variable | jax.ShapeDtypeStruct:
-        if not isinstance(leaf, nnx.Param):
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere)
-        return leaf.replace(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=parameter_sharding(leaf, mesh)))
-
-    return jax.tree.map(placed, state, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
-
-
 def _start(
     plan: _Plan, optimizer: optax.GradientTransformation, checkpoints: Checkpoints
 ) -> tuple[TrainState, Position | None]:
@@ -192,11 +182,6 @@ def _start(
 
 def _random_model(config: Zamba2Config, seed: int, dtype: str) -> Zamba2:
     return Zamba2(config, rngs=nnx.Rngs(seed), dtype=jnp.dtype(dtype))
-
-
-def _abstract_batch(config: RunConfig, mesh: Mesh) -> Batch:
-    ids = jax.ShapeDtypeStruct((config.batch_size, config.length), jnp.int32, sharding=batch_sharding(mesh))
-    return Batch(tokens=cast(np.ndarray, ids), segment_ids=cast(np.ndarray, ids))
 
 
 def _after_step(

@@ -4,18 +4,21 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from flax import struct
+from flax import nnx, struct
+from jax.sharding import Mesh
 
+from zamba2_jax.config import Zamba2Config
 from zamba2_jax.model import Zamba2
 from zamba2_jax.model.loss import LossSums, loss_sums, predicted
 from zamba2_jax.model.stack import Remat, hidden_states
 from zamba2_jax.ops.ssd import Implementation
-from zamba2_jax.sharding import constrain, constrain_parameters
+from zamba2_jax.sharding import abstract_on_mesh, batch_sharding, constrain, constrain_parameters
 from zamba2_jax.train.data import Batch
 from zamba2_jax.typing import Array, Float, Int
 
@@ -120,6 +123,18 @@ def init_state(model: Zamba2, optimizer: optax.GradientTransformation) -> TrainS
 
     step, skipped = jnp.zeros((2,), jnp.int32)
     return TrainState(step=step, skipped=skipped, model=model, opt_state=jax.jit(init)(model))
+
+
+def abstract_state(config: Zamba2Config, optimizer: optax.GradientTransformation, mesh: Mesh, dtype: str) -> TrainState:
+    """Shapes, dtypes and places of a training state; moments of the optimizer are where their parameters are."""
+    state = jax.eval_shape(lambda: init_state(Zamba2(config, rngs=nnx.Rngs(0), dtype=dtype), optimizer))
+    return abstract_on_mesh(state, mesh)
+
+
+def abstract_batch(batch_size: int, length: int, mesh: Mesh) -> Batch:
+    """The same of a batch of `batch_size` rows of `length` tokens."""
+    ids = jax.ShapeDtypeStruct((batch_size, length), jnp.int32, sharding=batch_sharding(mesh))
+    return Batch(tokens=cast(np.ndarray, ids), segment_ids=cast(np.ndarray, ids))
 
 
 def train_step(
