@@ -4,6 +4,9 @@ import os
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Compiling takes three quarters of the tests' time, half of that for programs as fast as users get them. Only where
+# rounding is measured does it matter: see parity/conftest.py.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import pathlib
 
@@ -19,10 +22,6 @@ CHECKED = [
     f"zamba2_jax.{folder}.{file.stem}" for folder in ("ops", "model") for file in (PACKAGE / folder).glob("*.py")
 ]
 CHECKED.remove("zamba2_jax.model.cache")
-# Compiling takes three quarters of the tests' time, half of it for programs as fast as users get them. No matter here,
-# but where rounding is measured: see parity/conftest.py. Processes that tests start compile as users do.
-jax.config.update("jax_disable_most_optimizations", True)
-
 jaxtyping.install_import_hook(
     [*CHECKED, "zamba2_jax.generate.decode", "zamba2_jax.generate.score"], "beartype.beartype"
 )
