@@ -4,12 +4,12 @@ Compiles both for TPUs that are not there, with the compiler of the `tpu` extra,
 
 - Kernels: a block crosses the memory bus whenever its index changes from one step of the grid to the next, padding to
   tiles included; and operands and results in main memory of every operation that XLA puts around the kernels.
-- Plain XLA: `bytes accessed` of the compiler's cost analysis.
+- Plain XLA: what `plan.hlo.traffic` reads from the program, with the bodies of loops as often as they run.
 - The floor: inputs and cotangents read once, outputs written once, without padding.
 
-Backward is what a gradient moves beyond a plain forward pass, the states that its forward pass saves included. Plain
-XLA takes long to compile and is measured on one chip at one length, everywhere with `--all` (half an hour). Prints a
-table and writes ssd_tpu_traffic.json beside this file.
+Backward is what a gradient moves beyond a plain forward pass, the states that its forward pass saves included. Every
+case is compiled from a state of zeros and from one that is given. Plain XLA is measured from zeros, on one chip at one
+length, everywhere with `--all`. Prints a table and writes ssd_tpu_traffic.json beside this file.
 
     pip install 'zamba2-jax[tpu]'
     JAX_PLATFORMS=cpu python experiments/ssd_tpu_traffic.py
@@ -39,6 +39,7 @@ from jax.sharding import SingleDeviceSharding
 from zamba2_jax import Zamba2Config
 from zamba2_jax.ops import ssd
 from zamba2_jax.ops.ssd_pallas_tpu import ssd_pallas_tpu
+from zamba2_jax.plan.hlo import traffic
 from zamba2_jax.train.files import write_atomically
 
 RESULTS = Path(__file__).with_suffix(".json")
@@ -46,6 +47,7 @@ CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 MODELS = ("zamba2-1.2b", "zamba2-2.7b", "zamba2-7b")
 LENGTHS = (2048, 4096, 8192)
 DTYPES = ("bfloat16", "float32")
+STARTS = ("zeros", "given")
 
 # What moves no byte, or moves an operand of a kernel to VMEM ahead of it, where it is counted as read by the kernel.
 FREE = "parameter constant bitcast get-tuple-element tuple copy-start copy-done custom-call after-all".split()
@@ -137,21 +139,23 @@ def scans(t: int, h: int, p: int, n: int, g: int) -> dict[str, Callable[..., Any
     def split_heads(x: Any, B: Any, C: Any) -> tuple[Any, Any, Any]:
         return x.reshape(1, t, h, p), B.reshape(1, t, g, n), C.reshape(1, t, g, n)
 
-    def pallas(x: Any, dt: Any, log_decay: Any, B: Any, C: Any, D: Any) -> Any:
+    def pallas(x: Any, dt: Any, log_decay: Any, B: Any, C: Any, D: Any, first: Any = None) -> Any:
         x, B, C = split_heads(x, B, C)
-        y, last = ssd_pallas_tpu(x, dt, log_decay, B, C, D, None)
+        y, last = ssd_pallas_tpu(x, dt, log_decay, B, C, D, first)
         return y.reshape(1, t, h * p), last
 
-    def xla(x: Any, dt: Any, A: Any, B: Any, C: Any, D: Any) -> Any:
+    def xla(x: Any, dt: Any, A: Any, B: Any, C: Any, D: Any, first: Any = None) -> Any:
         x, B, C = split_heads(x, B, C)
-        y, last = ssd(x, dt, A, B, C, D, implementation="xla")
+        y, last = ssd(x, dt, A, B, C, D, initial_state=first, implementation="xla")
         return y.reshape(1, t, h * p), last
 
     return {"pallas": pallas, "xla": xla}
 
 
-def measure(chip: str, model: str, dtype: str, t: int, implementations: Collection[str]) -> list[dict[str, Any]]:
-    """Two rows of the table, for one row of `t` tokens: forward and backward."""
+def measure(
+    chip: str, model: str, dtype: str, t: int, start: str, implementations: Collection[str]
+) -> list[dict[str, Any]]:
+    """Forward and backward, two rows of the table: one row of `t` tokens, from a state of "zeros" or a "given" one."""
     config = Zamba2Config.preset(model)
     h, p, n, g = config.mamba_heads, config.mamba_head_dim, config.d_state, config.ngroups
     device = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip]).devices[0]
@@ -160,7 +164,8 @@ def measure(chip: str, model: str, dtype: str, t: int, implementations: Collecti
         return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
 
     x, B = array(1, t, h * p, dtype=dtype), array(1, t, g * n, dtype=dtype)
-    per_head, last, tail = array(1, t, h), array(1, h, p, n), (B, B, array(h))
+    per_head, last = array(1, t, h), array(1, h, p, n)
+    tail = (B, B, array(h), *([last] if start == "given" else []))
     arguments = {"pallas": (x, per_head, per_head, *tail), "xla": (x, per_head, array(h), *tail)}
     results = x, last
     floor = {
@@ -185,7 +190,7 @@ def measure(chip: str, model: str, dtype: str, t: int, implementations: Collecti
                 jaxpr = jax.make_jaxpr(program_function)(*program_arguments).jaxpr
                 total = sum(map(kernel_bytes, kernels(jaxpr))) + surrounding_bytes(program.as_text())
             else:
-                total = int(program.cost_analysis()["bytes accessed"])
+                total = int(traffic(program.as_text()).memory)
             moved[direction][name] = {
                 "compiled": True,
                 "bytes": total - before,
@@ -194,12 +199,12 @@ def measure(chip: str, model: str, dtype: str, t: int, implementations: Collecti
                 "compile_seconds": round(seconds, 1),
             }
             before = total
-    case = {"chip": chip, "model": model, "dtype": dtype, "t": t}
+    case = {"chip": chip, "model": model, "dtype": dtype, "t": t, "start": start}
     return [{**case, "direction": key, "floor_bytes": floor[key], **moved[key]} for key in moved]
 
 
-HEADER = "chip model dtype t direction floor/MB moved/MB ratio temp/MB XLA-moved/MB ratio temp/MB".split()
-ROW = "{:5}{:13}{:10}{:>6}  {:10}{:>9}{:>10}{:>7}{:>9}{:>14}{:>8}{:>9}"
+HEADER = "chip model dtype t start direction floor/MB moved/MB ratio temp/MB XLA-moved/MB ratio temp/MB".split()
+ROW = "{:5}{:13}{:10}{:>6}  {:7}{:10}{:>9}{:>10}{:>7}{:>9}{:>14}{:>8}{:>9}"
 
 
 def columns(result: dict[str, Any] | None) -> list[str]:
@@ -220,8 +225,8 @@ def main() -> None:
         raise SystemExit("The TPU compiler is missing: pip install 'zamba2-jax[tpu]'")
     rows = []
     print(ROW.format(*HEADER))
-    for case in itertools.product(CHIPS, MODELS, DTYPES, LENGTHS):
-        baseline = everything or (case[0], case[-1]) == ("v5e", 4096)
+    for case in itertools.product(CHIPS, MODELS, DTYPES, LENGTHS, STARTS):
+        baseline = case[-1] == "zeros" and (everything or (case[0], case[3]) == ("v5e", 4096))
         for row in measure(*case, ("pallas", "xla") if baseline else ("pallas",)):
             rows.append(row)
             numbers = [f"{row['floor_bytes'] / 1e6:.1f}", *columns(row["pallas"]), *columns(row.get("xla"))]

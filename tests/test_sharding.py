@@ -71,10 +71,10 @@ PLACES = {
     "shared.0.mlp.up": P("fsdp", "tensor"),
     "shared.0.mlp.down": P("tensor", "fsdp"),
     "calls.1.attention.q_a": P("fsdp", None),
-    "calls.1.attention.q_b": P(None, "tensor"),
+    "calls.1.attention.q_b": P(None, ("tensor", "fsdp")),
     "calls.1.mlp_a": P("fsdp", None),
-    "calls.1.gate_b": P(None, "tensor"),
-    "calls.1.up_b": P(None, "tensor"),
+    "calls.1.gate_b": P(None, ("tensor", "fsdp")),
+    "calls.1.up_b": P(None, ("tensor", "fsdp")),
     "calls.1.linear": P("fsdp", None),
 }
 
@@ -86,7 +86,7 @@ def test_every_parameter_has_its_place():
     for name, spec in PLACES.items():
         array = placed[name][...]
         assert array.sharding == NamedSharding(mesh, spec), name
-        split = 2 ** sum(axis is not None for axis in spec)
+        split = 2 ** len(jax.tree.leaves(tuple(spec)))
         assert array.addressable_shards[0].data.size == array.size // split, name
 
 
@@ -210,7 +210,8 @@ def test_a_mesh_that_does_not_fit_is_refused(sizes, needed):
 def test_all_that_a_mesh_does_not_divide_is_named():
     config = dataclasses.replace(EIGHT, vocab_size=57, ffn_size=41)
     mesh = make_mesh(fsdp=2, tensor=2, sequence=2)
-    with pytest.raises(ValueError, match=r"tensor=2 does not divide the FFN width, 41; .* the vocabulary, 57$"):
+    named = r"tensor=2 does not divide the FFN width, 41; .* the vocabulary, 57; .*tensor=2, fsdp=2 .* FFN width, 41$"
+    with pytest.raises(ValueError, match=named):
         shard_model(random_model(config), mesh)
     with pytest.raises(ValueError, match=r"data=1, fsdp=2 does not divide the batch, 3; .*sequence=2 .* length, 9$"):
         check_mesh(EIGHT, mesh, batch=3, length=9)

@@ -22,6 +22,7 @@ RULES = {
     # of parameters
     "d_model": ("fsdp",),
     "attention_in": ("fsdp",),
+    "adapter_out": ("tensor", "fsdp"),
     # of both
     "vocab": ("tensor",),
     "inner": ("tensor",),
@@ -74,6 +75,11 @@ def check_mesh(
         ("ffn", "FFN width"): config.ffn_size,
         ("vocab", "vocabulary"): config.vocab_size,
         ("d_model", "model width"): config.hidden_size,
+        ("adapter_out", "FFN width"): config.ffn_size,
+        ("adapter_out", "attention width"): config.attention_size if config.attention_adapters else None,
+        ("adapter_out", "key width"): (
+            config.kv_heads * config.attention_head_dim if config.attention_adapters else None
+        ),
         ("batch", "batch"): batch,
         ("time", "length"): length,
     }

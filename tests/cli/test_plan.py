@@ -23,7 +23,7 @@ def test_plans_for_eight_cpu_devices(tmp_path, capsys):
     assert not others
     assert label == "data=2,fsdp=4 remat=layer"
     parameters = named_parameters(abstract_model(TINY)).values()
-    divided = sum(p.get_value().size for p in parameters if {"d_model", "attention_in"} & set(p.axes))
+    divided = sum(p.get_value().size for p in parameters if {"d_model", "attention_in", "adapter_out"} & set(p.axes))
     whole = sum(p.get_value().size for p in parameters) - divided
     assert found["parameters"] == 4 * (divided // 4 + whole)
     assert found["optimizer"] == 2 * found["parameters"] + 4  # and the count of steps

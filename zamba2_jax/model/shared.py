@@ -23,8 +23,8 @@ class AttentionAdapters(nnx.Module):
         matrix = normal(config.initializer_range)
         into = ((config.attention_size, config.adapter_rank), ("attention_in", "rank"))
         kv_size = config.kv_heads * config.attention_head_dim
-        out_of_q = ((config.adapter_rank, config.attention_size), ("rank", "attention_heads"))
-        out_of_kv = ((config.adapter_rank, kv_size), ("rank", "attention_heads"))
+        out_of_q = ((config.adapter_rank, config.attention_size), ("rank", "adapter_out"))
+        out_of_kv = ((config.adapter_rank, kv_size), ("rank", "adapter_out"))
         self.q_a = param(rngs, matrix, *into, dtype)
         self.q_b = param(rngs, matrix, *out_of_q, dtype)
         self.k_a = param(rngs, matrix, *into, dtype)
@@ -41,8 +41,8 @@ class SharedCall(nnx.Module):
         matrix = normal(config.initializer_range)
         self.attention = AttentionAdapters(config, rngs=rngs, dtype=dtype) if config.attention_adapters else None
         self.mlp_a = param(rngs, matrix, (d, a), ("d_model", "rank"), dtype)
-        self.gate_b = param(rngs, matrix, (a, f), ("rank", "ffn"), dtype)
-        self.up_b = param(rngs, matrix, (a, f), ("rank", "ffn"), dtype)
+        self.gate_b = param(rngs, matrix, (a, f), ("rank", "adapter_out"), dtype)
+        self.up_b = param(rngs, matrix, (a, f), ("rank", "adapter_out"), dtype)
         self.linear = param(rngs, matrix, (d, d), ("d_model", None), dtype)
 
 
