@@ -1,24 +1,10 @@
 """The training loss of a model."""
 
-from typing import NamedTuple
-
 import jax.numpy as jnp
 
-from zamba2_jax.model.divided import normalized_log_probabilities
+from zamba2_jax.model.divided import cross_entropy
 from zamba2_jax.model.zamba2 import Zamba2
 from zamba2_jax.typing import Array, Bool, Float, Int
-
-
-class LossSums(NamedTuple):
-    """Sums over the tokens predicted, in at least float32.
-
-    Attributes:
-        nll: of -ln p(token), in nats.
-        z: of (ln sum exp(logits))^2, what the z-loss keeps small (arXiv:2204.02311, section 5).
-    """
-
-    nll: Float[Array, ""]
-    z: Float[Array, ""]
 
 
 def next_token_loss(
@@ -41,22 +27,33 @@ def next_token_loss(
     """
     h = model.hidden_states(tokens, segment_ids)[0]
     count = predicted(tokens, segment_ids).sum()
-    nll, _ = loss_sums(h, model.output_matrix, tokens, segment_ids, chunk_size=chunk_size)
-    return nll / jnp.maximum(count, 1), count
+    return loss_share(h, model.output_matrix, tokens, segment_ids, count=count, chunk_size=chunk_size)[0], count
 
 
-def loss_sums(
+def loss_share(
     h: Float[Array, "b t d"],
     w: Float[Array, "d v"],
     tokens: Int[Array, "b t"],
-    segment_ids: Int[Array, "b t"] | None = None,
+    segment_ids: Int[Array, "b t"] | None,
     *,
+    count: Int[Array, ""],
+    z_loss: float = 0.0,
     chunk_size: int = 256,
-) -> LossSums:
-    """What a loss is made of, from the final norm's output h and the output head w; for the rest see above."""
-    log_p, normalizer = normalized_log_probabilities(h, w, jnp.roll(tokens, -1, axis=1), chunk_size=chunk_size)
-    counts = predicted(tokens, segment_ids)
-    return LossSums(nll=-jnp.sum(log_p, where=counts), z=jnp.sum(jnp.square(normalizer), where=counts))
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """What these rows add to a mean over `count` predicted tokens, in at least float32.
+
+    Args:
+        h: the final norm's output.
+        w: the output head.
+        tokens, segment_ids, chunk_size: as for `next_token_loss`.
+        count: tokens predicted in all rows of the mean.
+        z_loss: weight of the z-loss; see `ops.cross_entropy`.
+
+    Returns:
+        With the z-loss, and without it; no gradient flows through the latter.
+    """
+    weights = predicted(tokens, segment_ids) / jnp.maximum(count, 1)
+    return cross_entropy(h, w, jnp.roll(tokens, -1, axis=1), weights, z_loss=z_loss, chunk_size=chunk_size)
 
 
 def predicted(tokens: Int[Array, "b t"], segment_ids: Int[Array, "b t"] | None) -> Bool[Array, "b t"]:

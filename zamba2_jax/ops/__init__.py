@@ -2,7 +2,7 @@
 
 from zamba2_jax.ops.attention import cached_attention, causal_attention
 from zamba2_jax.ops.conv import causal_conv1d, causal_conv1d_step
-from zamba2_jax.ops.cross_entropy import cross_entropy, normalized_log_probabilities, token_log_probabilities
+from zamba2_jax.ops.cross_entropy import cross_entropy
 from zamba2_jax.ops.embedding import embed
 from zamba2_jax.ops.linear import adapter, linear, matmul
 from zamba2_jax.ops.norm import gated_rms_norm, rms_norm
@@ -24,12 +24,10 @@ __all__ = [
     "gated_rms_norm",
     "linear",
     "matmul",
-    "normalized_log_probabilities",
     "rms_norm",
     "rotate",
     "ssd",
     "ssd_associative",
     "ssd_sequential",
     "ssd_step",
-    "token_log_probabilities",
 ]

@@ -1,6 +1,7 @@
-"""Log-probabilities and the loss of a language model, without its logits in memory."""
+"""The loss of a language model, without its logits in memory."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,58 +11,80 @@ from zamba2_jax.ops.linear import matmul
 from zamba2_jax.typing import Array, Float, Int, Tree, at_least_fp32
 
 
-def token_log_probabilities(
+def cross_entropy(
     h: Float[Array, "b t d"],
     w: Float[Array, "d v"],
     targets: Int[Array, "b t"],
+    weights: Float[Array, "b t"],
     *,
+    z_loss: float = 0.0,
     chunk_size: int = 256,
     vocab_axis: str | None = None,
-) -> Float[Array, "b t"]:
-    """ln softmax(h w)[target], in at least float32.
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Sums over tokens of weights * (nll + z_loss * z^2), and of weights * nll, in at least float32.
 
-    Logits exist for `chunk_size` positions of every row at a time, in the backward pass too, where they are computed
-    again.
+    nll = -ln softmax(h w)[target], in nats, and z = ln sum exp(h w), whose square the z-loss keeps small
+    (arXiv:2204.02311, section 5). The first sum is differentiable once, in reverse; no gradient flows through the
+    second.
+
+    Logits exist for `chunk_size` positions of every row at a time. Where there is to be a gradient, each chunk computes
+    its own at once, so that no logits are kept and none are computed again.
 
     Args:
         h: what the output head reads.
         w: the output head. Where it is wider than h it is rounded to h's dtype in each chunk, so that its gradient is
             summed over the chunks in its own.
         targets: a token at each position.
+        weights: of each position's loss; 0 leaves it out.
+        z_loss: weight of the z-loss.
         chunk_size: positions per chunk.
         vocab_axis: inside `jax.shard_map`, the axis of the mesh that w is divided over, by columns.
     """
-    return normalized_log_probabilities(h, w, targets, chunk_size=chunk_size, vocab_axis=vocab_axis)[0]
+    objective, nll = _sums(h, w, targets, weights.astype(at_least_fp32(h.dtype)), z_loss, chunk_size, vocab_axis)
+    return objective, jax.lax.stop_gradient(nll)
 
 
-def normalized_log_probabilities(
-    h: Float[Array, "b t d"],
-    w: Float[Array, "d v"],
-    targets: Int[Array, "b t"],
-    *,
-    chunk_size: int = 256,
-    vocab_axis: str | None = None,
-) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
-    """`token_log_probabilities`, and what they were normalized by: ln sum exp(h w). From the same chunks."""
-    wide = at_least_fp32(h.dtype)
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _sums(
+    h: Array, w: Array, targets: Array, weights: Array, z_loss: float, chunk_size: int, vocab_axis: str | None
+) -> tuple[Array, Array]:
+    def of_chunk(h: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
+        objective, (nll, _) = _of_chunk(h, w, targets, weights, z_loss, vocab_axis)
+        return objective, nll
 
-    @jax.checkpoint
-    def of_chunk(h: Array, targets: Array) -> tuple[Array, Array]:
-        return _log_probability(matmul(h, w.astype(h.dtype), dtype=wide), targets, vocab_axis)
-
-    return map_positions(of_chunk, h, targets, chunk_size)
+    objectives, nlls = jax.lax.map(lambda chunk: of_chunk(*chunk), _chunks((h, targets, weights), chunk_size))
+    return objectives.sum(), nlls.sum()
 
 
-def map_positions(f: Callable[..., Tree], h: Float[Array, "b t d"], targets: Int[Array, "b t"], size: int) -> Tree:
-    """f(h, targets), a tree of arrays [b, t], computed for at most `size` positions of every row at a time."""
-    (b, t), size = targets.shape, min(size, h.shape[1])
+def _forward(h, w, targets, weights, z_loss, chunk_size, vocab_axis):
+    differentiated = jax.value_and_grad(_of_chunk, argnums=(0, 1), has_aux=True)
 
-    def chunks(array: Array) -> Array:
-        padded = jnp.pad(array, [(0, 0), (0, -t % size)] + [(0, 0)] * (array.ndim - 2))
-        return jnp.moveaxis(padded.reshape(b, -1, size, *array.shape[2:]), 1, 0)
+    def of_chunk(d_w: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, ...]]:
+        h, targets, weights = chunk
+        (objective, (nll, terms)), (d_h, more) = differentiated(h, w, targets, weights, z_loss, vocab_axis)
+        return d_w + more, (objective, nll, d_h, terms)
 
-    by_chunk = jax.lax.map(lambda chunk: f(*chunk), (chunks(h), chunks(targets)))
-    return jax.tree.map(lambda array: jnp.moveaxis(array, 0, 1).reshape(b, -1)[:, :t], by_chunk)
+    chunks = _chunks((h, targets, weights), chunk_size)
+    d_w, (objectives, nlls, d_h, terms) = jax.lax.scan(of_chunk, jnp.zeros_like(w), chunks)
+    return (objectives.sum(), nlls.sum()), (_by_time(d_h, h.shape[1]), d_w, _by_time(terms, h.shape[1]))
+
+
+def _backward(z_loss, chunk_size, vocab_axis, gradients, cotangents):
+    d_h, d_w, d_weights = ((cotangents[0] * gradient).astype(gradient.dtype) for gradient in gradients)
+    return d_h, d_w, None, d_weights
+
+
+_sums.defvjp(_forward, _backward)
+
+
+def _of_chunk(
+    h: Array, w: Array, targets: Array, weights: Array, z_loss: float, vocab_axis: str | None
+) -> tuple[Array, tuple[Array, Array]]:
+    """The objective; and the sum of nll, and what each token's weight is multiplied by."""
+    logits = matmul(h, w.astype(h.dtype), dtype=weights.dtype)
+    log_p, normalizer = _log_probability(logits, targets, vocab_axis)
+    terms = z_loss * jnp.square(normalizer) - log_p
+    return jnp.sum(weights * terms), (-jnp.sum(weights * log_p), terms)
 
 
 def _log_probability(
@@ -78,19 +101,25 @@ def _log_probability(
     return jax.lax.psum(picked, vocab_axis) - jnp.log(total), top + jnp.log(total)
 
 
-def cross_entropy(
-    h: Float[Array, "b t d"],
-    w: Float[Array, "d v"],
-    targets: Int[Array, "b t"],
-    weights: Float[Array, "b t"],
-    *,
-    chunk_size: int = 256,
-) -> Float[Array, ""]:
-    """sum of weights * -ln softmax(h w)[target], in nats, in at least float32.
+def map_positions(f: Callable[..., Tree], h: Float[Array, "b t d"], targets: Int[Array, "b t"], size: int) -> Tree:
+    """f(h, targets), a tree of arrays [b, t], computed for at most `size` positions of every row at a time."""
+    by_chunk = jax.lax.map(lambda chunk: f(*chunk), _chunks((h, targets), size))
+    return jax.tree.map(lambda array: _by_time(array, targets.shape[1]), by_chunk)
 
-    Args:
-        h, w, targets, chunk_size: as for `token_log_probabilities`, whose memory it takes.
-        weights: of each position's loss; 0 leaves it out.
-    """
-    log_p = token_log_probabilities(h, w, targets, chunk_size=chunk_size)
-    return -jnp.sum(weights.astype(log_p.dtype) * log_p)
+
+def _chunks(arrays: tuple[Array, ...], size: int) -> tuple[Array, ...]:
+    """Each array [b, t, ...] cut in time, [chunks, b, size, ...], filled up with zeros."""
+
+    def cut(array: Array) -> Array:
+        b, t, *rest = array.shape
+        length = min(size, t)
+        padded = jnp.pad(array, [(0, 0), (0, -t % length)] + [(0, 0)] * len(rest))
+        return jnp.moveaxis(padded.reshape(b, -1, length, *rest), 1, 0)
+
+    return tuple(map(cut, arrays))
+
+
+def _by_time(chunks: Array, length: int) -> Array:
+    """What `_chunks` cut, put together, [b, t, ...]."""
+    _, b, _, *rest = chunks.shape
+    return jnp.moveaxis(chunks, 0, 1).reshape(b, -1, *rest)[:, :length]

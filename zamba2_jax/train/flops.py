@@ -77,10 +77,10 @@ def train_flops(config: Zamba2Config, length: int) -> int:
 
 
 def executed_flops(config: Zamba2Config, length: int, remat: Remat) -> int:
-    """`train_flops` with what is recomputed: always the logits, and what `remat` does not keep."""
+    """`train_flops` with what is recomputed: what `remat` does not keep."""
     forward = forward_flops(config, length)
     again = {"none": 0, "matmuls": forward.mixing, "layer": forward.weights + forward.mixing}[remat]
-    return 3 * sum(forward) + forward.head + again
+    return 3 * sum(forward) + again
 
 
 def peak_flops(device: jax.Device) -> float | None:

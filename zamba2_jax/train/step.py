@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from zamba2_jax.config import Zamba2Config
 from zamba2_jax.model import Zamba2
-from zamba2_jax.model.loss import LossSums, loss_sums, predicted
+from zamba2_jax.model.loss import loss_share, predicted
 from zamba2_jax.model.stack import Remat, hidden_states
 from zamba2_jax.ops.ssd import Implementation
 from zamba2_jax.sharding import abstract_on_mesh, batch_sharding, constrain, constrain_parameters
@@ -213,14 +213,10 @@ def loss_and_gradient(model: Zamba2, batch: Batch, config: StepConfig = DEFAULT)
     Raises:
         ValueError: as `train_step`.
     """
-    total = jnp.maximum(_predicted(batch), 1)
-
-    def objective(model: Zamba2, part: Batch) -> tuple[Array, Array]:
-        sums = _sums(model, part, config)
-        return (sums.nll + config.z_loss * sums.z) / total, sums.nll / total
+    count = _predicted(batch)
 
     def of_part(part: Batch) -> tuple[Array, Zamba2]:
-        (_, loss), gradient = jax.value_and_grad(objective, has_aux=True)(model, part)
+        (_, loss), gradient = jax.value_and_grad(_loss_share, has_aux=True)(model, part, count, config)
         return loss, constrain_parameters(gradient)
 
     if config.microbatches == 1:
@@ -238,7 +234,7 @@ def loss_and_gradient(model: Zamba2, batch: Batch, config: StepConfig = DEFAULT)
 def eval_step(model: Zamba2, batch: Batch, config: StepConfig = DEFAULT) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """The mean loss of a batch in nats per token, and the number of tokens predicted."""
     count = _predicted(batch)
-    return _sums(model, batch, config).nll / jnp.maximum(count, 1), count
+    return _loss_share(model, batch, count, config)[1], count
 
 
 def evaluate(model: Zamba2, batches: Iterable[Batch], config: StepConfig = DEFAULT) -> float:
@@ -259,7 +255,8 @@ def evaluate(model: Zamba2, batches: Iterable[Batch], config: StepConfig = DEFAU
     return sum(float(loss) * int(tokens) for loss, tokens in results) / count
 
 
-def _sums(model: Zamba2, batch: Batch, config: StepConfig) -> LossSums:
+def _loss_share(model: Zamba2, batch: Batch, count: Array, config: StepConfig) -> tuple[Array, Array]:
+    """What a batch adds to the mean over `count` tokens, with and without the z-loss."""
     scan = model.config.num_layers >= SCANNED_FROM if config.scan_layers is None else config.scan_layers
     tokens, segment_ids = map(jnp.asarray, (batch.tokens, batch.segment_ids))
     h = hidden_states(
@@ -271,7 +268,8 @@ def _sums(model: Zamba2, batch: Batch, config: StepConfig) -> LossSums:
         dtype=config.compute_dtype,
         implementation=config.implementation,
     )
-    return loss_sums(h, model.output_matrix, tokens, segment_ids, chunk_size=config.loss_chunk)
+    options = {"z_loss": config.z_loss, "chunk_size": config.loss_chunk}
+    return loss_share(h, model.output_matrix, tokens, segment_ids, count=count, **options)
 
 
 def _predicted(batch: Batch) -> Int[Array, ""]:
