@@ -160,8 +160,9 @@ def with_gradients(function, weights, *arguments):
 
 @pytest.mark.parametrize(("length", "packed"), [(4, True), (11, True), (30, True), (30, False)])
 def test_blocks_equal_all_at_once(monkeypatch, rounding, length, packed):
-    """Values and gradients of one block, and of two spans of one and three of several, each with a rest."""
+    """Values and gradients of two, and of four blocks that are written out, and of three spans with a rest."""
     monkeypatch.setattr(attention_xla, "BLOCK", 4)
+    monkeypatch.setattr(attention_xla, "SMALLEST", 2)
     monkeypatch.setattr(attention_xla, "SPANS", 3)
     ids = jnp.asarray(rows_of(length)) if packed else None
 

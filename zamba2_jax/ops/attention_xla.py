@@ -1,8 +1,8 @@
 """Attention by blocks of queries, in plain XLA: its memory grows with the length, not with its square.
 
 A block of queries meets all keys it may see at once, so that its softmax is exact and nothing is rescaled. The backward
-pass computes the scores of a block again. All blocks share one loop: independent ones would be computed at once, and
-all be in memory.
+pass computes the scores of a block again. The blocks of long rows share one loop: independent ones would be computed at
+once, and all be in memory. Those of short rows are a few, written out, each of which reads no key in vain.
 
 Letters as in `typing`, r for the query heads of a key head, n for blocks, s for the queries of a block, u for keys.
 What belongs to queries has five axes here, [b, kv, r, t, ...], where b, kv and r may be 1.
@@ -19,6 +19,10 @@ from zamba2_jax.typing import Array, Bool, Float, Int, Shaped, at_least_fp32
 
 BLOCK = 256
 SPANS = 8
+WRITTEN_OUT = 4
+"""Blocks of a short row, which is one of so many times `BLOCK` queries at most."""
+SMALLEST = 64
+"""Queries of a block of a short row at least."""
 HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite: where nothing is visible all weights are the same, not NaN
 
 
@@ -45,25 +49,25 @@ def attention_xla(
     v: Float[Array, "b u kv p"],
     tags: Int[Array, "b u"] | None,
     scale: float,
-    offset: Int[Array, ""] | int = 0,
+    offset: Int[Array, ""] | None = None,
 ) -> Float[Array, "b t h p"]:
     """Softmax attention of every token to itself and those before it; with tags, only to those with its own.
 
-    Differentiable once, in reverse. The softmax is in at least float32. Of more than `BLOCK` queries the backward pass
-    keeps the inputs and two numbers per query and head.
+    Differentiable once, in reverse. The softmax is in at least float32. Of more than one block of queries the backward
+    pass keeps the inputs and two numbers per query and head.
 
     Args:
         q, k, v: h is a multiple of kv; query head i reads key head i // (h / kv).
         tags: not to be crossed.
         scale: factor on the scores.
-        offset: the first query belongs to this key, from 0 to u - t.
+        offset: the first query belongs to this key, from 0 to u - t; to the first one by default.
     """
     return _forward(q, k, v, tags, scale, offset)[0]
 
 
 def _forward(q, k, v, tags, scale, offset):
     keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    is_single = q.shape[1] <= BLOCK
+    is_single = q.shape[1] <= (_short_block(q.shape[1]) if _is_short(q.shape[1], offset) else BLOCK)
 
     def attend(queries: _Queries, seen: int) -> tuple[Array, _Softmax]:
         scores = _scores(queries, keys[:, :, :seen], tags, scale)
@@ -110,27 +114,30 @@ attention_xla.defvjp(_forward, _backward)
 
 
 def _over_blocks(
-    attend: Callable[[Any, Any, int], tuple[Any, Any]], carry: Any, tokens: Any, keys: int, offset: Array | int
+    attend: Callable[[Any, Any, int], tuple[Any, Any]], carry: Any, tokens: Any, keys: int, offset: Array | None
 ) -> tuple[Any, Any]:
     """Calls attend(carry, part, number of keys to read) with one block of `tokens` after the other.
 
-    No block reads all keys but the last ones. The number of keys has to be known when compiling: it is rounded up to
-    one of `SPANS`.
+    No block reads all keys but the last ones. The number of keys has to be known when compiling: in the loop it is
+    rounded up to one of `SPANS`.
 
     Returns:
         The last carry, and the results put together.
     """
     t = jax.tree.leaves(tokens)[0].shape[3]
+    if _is_short(t, offset):
+        return _over_written_out_blocks(attend, carry, tokens)
     if t <= BLOCK:
         return attend(carry, tokens, keys)
     blocks, rest = divmod(t, BLOCK)
+    first = 0 if offset is None else offset
     span = -(-(keys - rest) // (SPANS * BLOCK)) * BLOCK
     reach = [min(start + span, keys - rest) for start in range(0, keys - rest, span)]
 
     def step(carry: Any, block: tuple[Array, Any]) -> tuple[Any, Any]:
         index, part = block
         choices = [lambda carry, part, seen=seen: attend(carry, part, seen) for seen in reach]
-        return jax.lax.switch((offset + (index + 1) * BLOCK - 1) // span, choices, carry, part)
+        return jax.lax.switch((first + (index + 1) * BLOCK - 1) // span, choices, carry, part)
 
     stacked = jax.tree.map(lambda a: _stack(a[:, :, :, : blocks * BLOCK]), tokens)
     carry, results = jax.lax.scan(step, carry, (jnp.arange(blocks), stacked))
@@ -139,6 +146,28 @@ def _over_blocks(
         carry, last = attend(carry, jax.tree.map(lambda a: a[:, :, :, blocks * BLOCK :], tokens), keys)
         results = jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=3), results, last)
     return carry, results
+
+
+def _over_written_out_blocks(
+    attend: Callable[[Any, Any, int], tuple[Any, Any]], carry: Any, tokens: Any
+) -> tuple[Any, Any]:
+    t, results = jax.tree.leaves(tokens)[0].shape[3], []
+    block = _short_block(t)
+    for start in range(0, t, block):
+        end = min(start + block, t)
+        carry, result = attend(carry, jax.tree.map(lambda a, of=slice(start, end): a[:, :, :, of], tokens), end)
+        results.append(result)
+    return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=3), *results)
+
+
+def _is_short(t: int, offset: Array | None) -> bool:
+    """Whether a row's blocks are written out, for which has to be known what they see."""
+    return offset is None and t <= WRITTEN_OUT * BLOCK
+
+
+def _short_block(t: int) -> int:
+    """Queries of a block of a short row of t tokens."""
+    return max(SMALLEST, -(-t // WRITTEN_OUT))
 
 
 def _stack(array: Shaped[Array, "b kv r t p"]) -> Shaped[Array, "n b kv r s p"]:
@@ -179,10 +208,12 @@ def _add_in_front(sums: Float[Array, "b kv u p"], addend: Float[Array, "b kv s p
 
 
 def _queries(
-    q: Float[Array, "b t h p"], k: Float[Array, "b u kv p"], tags: Int[Array, "b u"] | None, offset: Array | int
+    q: Float[Array, "b t h p"], k: Float[Array, "b u kv p"], tags: Int[Array, "b u"] | None, offset: Array | None
 ) -> _Queries:
-    times = offset + jnp.arange(q.shape[1])
-    own = None if tags is None else jax.lax.dynamic_slice_in_dim(tags, offset, q.shape[1], axis=1)
+    times, own = jnp.arange(q.shape[1]), None if tags is None else tags[:, : q.shape[1]]
+    if offset is not None:
+        times += offset
+        own = None if tags is None else jax.lax.dynamic_slice_in_dim(tags, offset, q.shape[1], axis=1)
     return _Queries(
         _by_heads(q, k), times[None, None, None, :, None], None if own is None else own[:, None, None, :, None]
     )

@@ -59,7 +59,7 @@ def _sums(
 def _forward(h, w, targets, weights, z_loss, chunk_size, vocab_axis):
     differentiated = jax.value_and_grad(_of_chunk, argnums=(0, 1), has_aux=True)
 
-    def of_chunk(d_w: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, tuple[Array, ...]]:
+    def of_chunk(d_w: Array, chunk: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
         h, targets, weights = chunk
         (objective, (nll, terms)), (d_h, more) = differentiated(h, w, targets, weights, z_loss, vocab_axis)
         return d_w + more, (objective, nll, d_h, terms)

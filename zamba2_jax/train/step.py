@@ -268,8 +268,8 @@ def _loss_share(model: Zamba2, batch: Batch, count: Array, config: StepConfig) -
         dtype=config.compute_dtype,
         implementation=config.implementation,
     )
-    options = {"z_loss": config.z_loss, "chunk_size": config.loss_chunk}
-    return loss_share(h, model.output_matrix, tokens, segment_ids, count=count, **options)
+    w, size = model.output_matrix, config.loss_chunk
+    return loss_share(h, w, tokens, segment_ids, count=count, z_loss=config.z_loss, chunk_size=size)
 
 
 def _predicted(batch: Batch) -> Int[Array, ""]:
