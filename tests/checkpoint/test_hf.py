@@ -304,7 +304,7 @@ SPECS = {
     "layers.0.mamba.out": ("tensor", "fsdp"),
     "shared.1.attention.o": ("tensor", "fsdp"),
     "shared.1.mlp.up": ("fsdp", "tensor"),
-    "calls.2.attention.q_b": (None, "tensor"),
+    "calls.2.attention.q_b": (None, ("tensor", "fsdp")),
     "calls.2.mlp_a": ("fsdp", None),
     "calls.2.linear": ("fsdp", None),
 }

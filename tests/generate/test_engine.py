@@ -188,6 +188,21 @@ def test_reading_may_stop_and_requests_may_come_at_any_time(model):
     assert list(engine.events()) == []
 
 
+def test_an_engine_whose_step_was_broken_off_says_so(monkeypatch, model):
+    engine, step = engine_of(model), module._run
+    engine.submit(Request(prompt_of(5), 3))
+
+    def broken_off(*arguments):
+        step(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_run", broken_off)
+    with pytest.raises(KeyboardInterrupt):
+        list(engine.events())
+    with pytest.raises(RuntimeError, match="expected a new engine"):
+        next(engine.events())
+
+
 def test_a_prefix_gives_the_tokens_of_the_whole_prompt(model):
     """Twice from one prefix, and from a prefix of two parts: the penalty knows its tokens, the seed its length."""
     prompt, how = prompt_of(30), Sampling(temperature=1.2, repetition_penalty=1.4, seed=3)

@@ -286,12 +286,18 @@ class Engine:
     def events(self, *, streaming: bool = True) -> Iterator[Event]:
         """Works until every request is done, and gives what happens: each token, and each completion after its last.
 
-        Reading may be broken off and taken up again with another call: no event is lost.
+        Reading may be broken off and taken up again with another call: no event is lost. But an exception in the middle
+        of a step, such as a KeyboardInterrupt, takes the caches with it, which the step was given to overwrite.
 
         Args:
             streaming: whether tokens are given as soon as they are there; else up to `BLOCK` steps are run before the
                 host looks at them.
+
+        Raises:
+            RuntimeError: an exception has broken off a step before.
         """
+        if self._rows.token.is_deleted():
+            raise RuntimeError("a step of this engine was broken off, and its caches are lost: expected a new engine")
         while self._events or self._queue or any(self._tasks):
             if self._events:
                 yield self._events.popleft()
