@@ -8,8 +8,8 @@ Compiles both for TPUs that are not there, with the compiler of the `tpu` extra,
 - The floor: inputs and cotangents read once, outputs written once, without padding.
 
 Backward is what a gradient moves beyond a plain forward pass, the states that its forward pass saves included. Every
-case is compiled from a state of zeros and from one that is given. Plain XLA is measured from zeros, on one chip at one
-length, everywhere with `--all`. Prints a table and writes ssd_tpu_traffic.json beside this file.
+case is compiled from a state of zeros and from one that is given; plain XLA only from zeros, on one chip at one length,
+or everywhere with `--all`. Prints a table and writes ssd_tpu_traffic.json beside this file.
 
     pip install 'zamba2-jax[tpu]'
     JAX_PLATFORMS=cpu python experiments/ssd_tpu_traffic.py
@@ -226,7 +226,7 @@ def main() -> None:
     rows = []
     print(ROW.format(*HEADER))
     for case in itertools.product(CHIPS, MODELS, DTYPES, LENGTHS, STARTS):
-        baseline = case[-1] == "zeros" and (everything or (case[0], case[3]) == ("v5e", 4096))
+        baseline = everything or (case[0], *case[3:]) == ("v5e", 4096, "zeros")
         for row in measure(*case, ("pallas", "xla") if baseline else ("pallas",)):
             rows.append(row)
             numbers = [f"{row['floor_bytes'] / 1e6:.1f}", *columns(row["pallas"]), *columns(row.get("xla"))]

@@ -178,6 +178,11 @@ class Zamba2Config:
         return self.attention_size // self.attention_heads
 
     @property
+    def kv_size(self) -> int:
+        """Width of a shared block's keys, and of its values."""
+        return self.kv_heads * self.attention_head_dim
+
+    @property
     def attention_scale(self) -> float:
         """Factor on the attention scores, (head_dim / 2)^-0.5: half the input is the embedding."""
         return (self.attention_head_dim / 2) ** -0.5

@@ -77,9 +77,7 @@ def check_mesh(
         ("d_model", "model width"): config.hidden_size,
         ("adapter_out", "FFN width"): config.ffn_size,
         ("adapter_out", "attention width"): config.attention_size if config.attention_adapters else None,
-        ("adapter_out", "key width"): (
-            config.kv_heads * config.attention_head_dim if config.attention_adapters else None
-        ),
+        ("adapter_out", "key width"): config.kv_size if config.attention_adapters else None,
         ("batch", "batch"): batch,
         ("time", "length"): length,
     }

@@ -162,7 +162,7 @@ def _mamba_tensors(config: Zamba2Config, layer: int, hybrid: HybridPlan | None) 
 def _call_tensors(config: Zamba2Config, layer: int, hybrid: HybridPlan) -> Iterator[Tensor]:
     """What one call owns. Its adapters lie with the shared block."""
     d, a, f = config.hidden_size, config.adapter_rank, config.ffn_size
-    size, kv_size = config.attention_size, config.kv_heads * config.attention_head_dim
+    size, kv_size = config.attention_size, config.kv_size
     i, ours = hybrid.call, f"calls.{hybrid.call}."
 
     def pair(module: str, old_module: str, size: int, into: str, *out: tuple[str, int]) -> Iterator[Tensor]:
@@ -207,7 +207,7 @@ def _shared_tensor(
 
 def _block_tensors(config: Zamba2Config, block: int) -> Iterator[Tensor]:
     d, f, size = config.hidden_size, config.ffn_size, config.attention_size
-    kv_size, ours = config.kv_heads * config.attention_head_dim, f"shared.{block}."
+    kv_size, ours = config.kv_size, f"shared.{block}."
 
     def tensor(
         name: str, form: Form, shape: tuple[int, ...], *parts: tuple[str, int], old_name: str | None = None

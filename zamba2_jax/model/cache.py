@@ -132,5 +132,5 @@ def cache_bytes(config: Zamba2Config, batch: int, capacity: int, dtype: DTypeLik
     conv = (config.d_conv - 1) * (config.inner_size + config.bc_size) * size
     ssm = config.mamba_heads * config.mamba_head_dim * config.d_state * at_least_fp32(dtype).itemsize
     constant = batch * (config.num_layers * (conv + ssm) + jnp.dtype(jnp.int32).itemsize)
-    per_token = batch * config.num_calls * 2 * config.kv_heads * config.attention_head_dim * size
+    per_token = batch * config.num_calls * 2 * config.kv_size * size
     return CacheBytes(constant, per_token, constant + capacity * per_token)

@@ -22,9 +22,8 @@ class AttentionAdapters(nnx.Module):
     def __init__(self, config: Zamba2Config, *, rngs: Rngs, dtype: DTypeLike = jnp.float32):
         matrix = normal(config.initializer_range)
         into = ((config.attention_size, config.adapter_rank), ("attention_in", "rank"))
-        kv_size = config.kv_heads * config.attention_head_dim
         out_of_q = ((config.adapter_rank, config.attention_size), ("rank", "adapter_out"))
-        out_of_kv = ((config.adapter_rank, kv_size), ("rank", "adapter_out"))
+        out_of_kv = ((config.adapter_rank, config.kv_size), ("rank", "adapter_out"))
         self.q_a = param(rngs, matrix, *into, dtype)
         self.q_b = param(rngs, matrix, *out_of_q, dtype)
         self.k_a = param(rngs, matrix, *into, dtype)
@@ -50,7 +49,7 @@ class SharedAttention(nnx.Module):
     """Causal attention from width 2d to width d."""
 
     def __init__(self, config: Zamba2Config, *, rngs: Rngs, dtype: DTypeLike = jnp.float32):
-        size, kv_size = config.attention_size, config.kv_heads * config.attention_head_dim
+        size, kv_size = config.attention_size, config.kv_size
         matrix = normal(config.initializer_range)
         self.config = config
         self.q = param(rngs, matrix, (size, size), ("attention_in", "attention_heads"), dtype)

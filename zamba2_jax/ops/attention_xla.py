@@ -35,11 +35,10 @@ class _Queries(NamedTuple):
 
 
 class _Softmax(NamedTuple):
-    """What the backward pass needs of it: `weights` is exp(scores - top), and is kept of a single block only."""
+    """What the backward pass needs of it: the largest score, and the sum of exp(scores - top)."""
 
     top: Float[Array, "b kv r t 1"]
     total: Float[Array, "b kv r t 1"]
-    weights: Float[Array, "b kv r t u"] | None
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -53,8 +52,8 @@ def attention_xla(
 ) -> Float[Array, "b t h p"]:
     """Softmax attention of every token to itself and those before it; with tags, only to those with its own.
 
-    Differentiable once, in reverse. The softmax is in at least float32. Of more than one block of queries the backward
-    pass keeps the inputs and two numbers per query and head.
+    Differentiable once, in reverse. The softmax is in at least float32. The backward pass keeps the inputs and two
+    numbers per query and head.
 
     Args:
         q, k, v: h is a multiple of kv; query head i reads key head i // (h / kv).
@@ -67,7 +66,6 @@ def attention_xla(
 
 def _forward(q, k, v, tags, scale, offset):
     keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    is_single = q.shape[1] <= (_short_block(q.shape[1]) if _is_short(q.shape[1], offset) else BLOCK)
 
     def attend(queries: _Queries, seen: int) -> tuple[Array, _Softmax]:
         scores = _scores(queries, keys[:, :, :seen], tags, scale)
@@ -75,7 +73,7 @@ def _forward(q, k, v, tags, scale, offset):
         weights = jnp.exp(scores - top)
         total = jnp.sum(weights, axis=-1, keepdims=True)
         out = _product(weights.astype(v.dtype), values[:, :, :seen], (4, 2)) / total
-        return out.astype(q.dtype), _Softmax(top, total, weights if is_single else None)
+        return out.astype(q.dtype), _Softmax(top, total)
 
     def forward(_: None, queries: _Queries, seen: int) -> tuple[None, tuple[Array, _Softmax]]:
         return None, attend(queries, seen)
@@ -93,9 +91,7 @@ def _backward(scale, residuals, d_out):
 
     def attend(sums: tuple[Array, Array], tokens: tuple, seen: int) -> tuple[tuple[Array, Array], Array]:
         queries, softmax, d_heads = tokens
-        weights = softmax.weights
-        if weights is None:
-            weights = jnp.exp(_scores(queries, keys[:, :, :seen], tags, scale) - softmax.top)
+        weights = jnp.exp(_scores(queries, keys[:, :, :seen], tags, scale) - softmax.top)
         d_weights = _product(d_heads, values[:, :, :seen], (4, 3))
         mean = jnp.sum(weights * d_weights, axis=-1, keepdims=True) / softmax.total
         d_scores = weights * (d_weights - mean) * scale
@@ -125,7 +121,7 @@ def _over_blocks(
         The last carry, and the results put together.
     """
     t = jax.tree.leaves(tokens)[0].shape[3]
-    if _is_short(t, offset):
+    if offset is None and t <= WRITTEN_OUT * BLOCK:
         return _over_written_out_blocks(attend, carry, tokens)
     if t <= BLOCK:
         return attend(carry, tokens, keys)
@@ -152,22 +148,12 @@ def _over_written_out_blocks(
     attend: Callable[[Any, Any, int], tuple[Any, Any]], carry: Any, tokens: Any
 ) -> tuple[Any, Any]:
     t, results = jax.tree.leaves(tokens)[0].shape[3], []
-    block = _short_block(t)
+    block = max(SMALLEST, -(-t // WRITTEN_OUT))
     for start in range(0, t, block):
         end = min(start + block, t)
         carry, result = attend(carry, jax.tree.map(lambda a, of=slice(start, end): a[:, :, :, of], tokens), end)
         results.append(result)
     return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts, axis=3), *results)
-
-
-def _is_short(t: int, offset: Array | None) -> bool:
-    """Whether a row's blocks are written out, for which has to be known what they see."""
-    return offset is None and t <= WRITTEN_OUT * BLOCK
-
-
-def _short_block(t: int) -> int:
-    """Queries of a block of a short row of t tokens."""
-    return max(SMALLEST, -(-t // WRITTEN_OUT))
 
 
 def _stack(array: Shaped[Array, "b kv r t p"]) -> Shaped[Array, "n b kv r s p"]:

@@ -48,11 +48,12 @@ def cross_entropy(
 def _sums(
     h: Array, w: Array, targets: Array, weights: Array, z_loss: float, chunk_size: int, vocab_axis: str | None
 ) -> tuple[Array, Array]:
-    def of_chunk(h: Array, targets: Array, weights: Array) -> tuple[Array, Array]:
+    def of_chunk(chunk: tuple[Array, ...]) -> tuple[Array, Array]:
+        h, targets, weights = chunk
         objective, (nll, _) = _of_chunk(h, w, targets, weights, z_loss, vocab_axis)
         return objective, nll
 
-    objectives, nlls = jax.lax.map(lambda chunk: of_chunk(*chunk), _chunks((h, targets, weights), chunk_size))
+    objectives, nlls = jax.lax.map(of_chunk, _chunks((h, targets, weights), chunk_size))
     return objectives.sum(), nlls.sum()
 
 

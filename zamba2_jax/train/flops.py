@@ -59,7 +59,7 @@ def forward_flops(config: Zamba2Config, length: int) -> ForwardFlops:
     """
     d, e, f, a, v = config.hidden_size, config.inner_size, config.ffn_size, config.adapter_rank, config.vocab_size
     n, h, g, k, bc = config.d_state, config.mamba_heads, config.ngroups, config.d_conv, config.bc_size
-    kv, s = config.kv_heads * config.attention_head_dim, min(SSD_CHUNK, length)
+    kv, s = config.kv_size, min(SSD_CHUNK, length)
     adapters = 2 * (6 * d * a + a * (2 * d + 2 * kv)) if config.attention_adapters else 0
     mamba = 2 * d * (2 * e + bc + h) + 2 * e * d
     call = 4 * d * (2 * d + 2 * kv) + 4 * d * d + 2 * (3 * d * f + d * d) + 2 * (d * a + 2 * a * f) + adapters
