@@ -40,8 +40,8 @@ def test_caches_are_divided_and_donated(model):
         engine.submit(Request(PROMPTS[0], 4))
         next(engine.events())
         cache = engine._rows.cache
-    (b, u, kv, p), (_, h, _, n) = empty.attention[0].k.shape, empty.mamba[0].ssm.shape
+    (b, kv, u, p), (_, h, _, n) = empty.attention[0].k.shape, empty.mamba[0].ssm.shape
     for each in (empty, cache):
-        assert each.attention[0].v.sharding.shard_shape((b, u, kv, p)) == (b // 2, u, kv // 2, p)
+        assert each.attention[0].v.sharding.shard_shape((b, kv, u, p)) == (b // 2, kv // 2, u, p)
         assert each.mamba[0].ssm.sharding.shard_shape((b, h, p, n)) == (b // 2, h // 2, p, n)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(empty))

@@ -8,8 +8,8 @@ import pytest
 from tests.helpers import assert_close, assert_finite, normal
 from tests.ops.segment_rows import ALL_ROWS, LENGTH, documents
 from zamba2_jax import ops
-from zamba2_jax.ops import attention_splash, attention_xla
-from zamba2_jax.ops.attention import BLOCK, default_implementation
+from zamba2_jax.ops import attention, attention_splash, attention_xla
+from zamba2_jax.ops.attention import default_implementation
 
 SCALE = 0.7
 b, t, h, kv, p = 2, 6, 6, 2, 5
@@ -83,7 +83,7 @@ def test_cache_takes_rows_in_pieces(rounding):
     """Row 0 takes tokens 4 + 2, row 1 takes 2 + 3, padded, next to slots that hold anything."""
     q, k, v = map(np.asarray, arguments())
     expected = by_documents(q, k, v, np.ones((b, t)))
-    cached = [np.full_like(k, 1e30, shape=(b, 8, kv, p))] * 2
+    cached = [np.full_like(k, 1e30, shape=(b, kv, 8, p))] * 2
     lengths = np.zeros(b, int)
     for taken in ([4, 2], [2, 3]):
         slots = lengths[:, None] + np.arange(4)
@@ -97,19 +97,22 @@ def test_cache_takes_rows_in_pieces(rounding):
         lengths += taken
     for row, length in enumerate(lengths):
         for got, x in zip(cached, (k, v), strict=True):
-            np.testing.assert_array_equal(np.asarray(got)[row, :length], x[row, :length])
-            assert (np.asarray(got)[row, length:] == k.dtype.type(1e30)).all()
+            np.testing.assert_array_equal(np.asarray(got)[row, :, :length], x[row, :length].swapaxes(0, 1))
+            assert (np.asarray(got)[row, :, length:] == k.dtype.type(1e30)).all()
 
 
-def test_a_cache_of_many_blocks(rounding):
+@pytest.mark.parametrize(("queries", "block"), [(3, 64), (1, 32)])
+def test_a_cache_of_many_blocks(monkeypatch, rounding, queries, block):
     """The last block is not whole; row 1 ends in the first, next to slots that hold anything."""
-    u = 2 * BLOCK + 7
+    monkeypatch.setattr(attention, "BLOCK", 64)
+    monkeypatch.setattr(attention, "FITTING", 2**10)
+    u = 2 * block + 7
     q, k, v = (np.asarray(x) for x in arguments(length=u))
     past = np.arange(u)[None] < np.array([[u - 3], [5]])
-    keys, values = (np.where(past[..., None, None], x, x.dtype.type(1e30)) for x in (k, v))
-    slots = np.array([[u - 3, u - 2, u - 1], [5, 6, 7]])
+    keys, values = (np.where(past[..., None, None], x, x.dtype.type(1e30)).swapaxes(1, 2) for x in (k, v))
+    slots = np.array([[u - 3], [5]]) + np.arange(queries)
     new = [np.stack([x[row, slots[row]] for row in range(b)]) for x in (q, k, v)]
-    out, *_ = cached_attention(*new, keys, values, slots, np.ones((b, 3), bool), SCALE)
+    out, *_ = cached_attention(*new, keys, values, slots, np.ones((b, queries), bool), SCALE)
     for row in range(b):
         for i, slot in enumerate(slots[row]):
             expected = attend(q[row, slot], k[row, : slot + 1], v[row, : slot + 1])
@@ -118,12 +121,12 @@ def test_a_cache_of_many_blocks(rounding):
 
 def test_slots_past_the_end_are_not_written():
     q, k, v = arguments(length=3)
-    empty = jnp.zeros((b, 2, kv, p))
+    empty = jnp.zeros((b, kv, 2, p))
     slots = jnp.array([[0, 1, 2], [1, 2, 3]])
     _, keys, _ = cached_attention(q, k, v, empty, empty, slots, jnp.ones((b, 3), bool), SCALE)
     keys, k = np.asarray(keys), np.asarray(k)
-    np.testing.assert_array_equal(keys[0], k[0, :2])
-    np.testing.assert_array_equal(keys[1], [np.zeros((kv, p)), k[1, 0]])
+    np.testing.assert_array_equal(keys[0].swapaxes(0, 1), k[0, :2])
+    np.testing.assert_array_equal(keys[1].swapaxes(0, 1), [np.zeros((kv, p)), k[1, 0]])
 
 
 def test_bfloat16_has_its_softmax_in_float32():

@@ -30,8 +30,8 @@ class MambaState:
 class KVCache:
     """Keys (already rotated) and values of one call of a shared block; slot i holds token i of the row."""
 
-    k: Float[Array, "b u kv p"]
-    v: Float[Array, "b u kv p"]
+    k: Float[Array, "b kv u p"]
+    v: Float[Array, "b kv u p"]
 
 
 @struct.dataclass
@@ -51,7 +51,7 @@ class Cache:
     @property
     def capacity(self) -> int:
         """Tokens a row can hold."""
-        return self.attention[0].k.shape[1]
+        return self.attention[0].k.shape[2]
 
 
 def init_cache(config: Zamba2Config, batch: int, capacity: int, dtype: DTypeLike = jnp.float32) -> Cache:
@@ -65,7 +65,7 @@ def init_cache(config: Zamba2Config, batch: int, capacity: int, dtype: DTypeLike
         past = config.d_conv - 1
         return MambaState(conv_x=zeros(past, config.inner_size), conv_bc=zeros(past, config.bc_size), ssm=ssm)
 
-    kv_shape = (capacity, config.kv_heads, config.attention_head_dim)
+    kv_shape = (config.kv_heads, capacity, config.attention_head_dim)
     cache = Cache(
         mamba=tuple(state() for _ in range(config.num_layers)),
         attention=tuple(KVCache(k=zeros(*kv_shape), v=zeros(*kv_shape)) for _ in range(config.num_calls)),
@@ -86,7 +86,7 @@ def placed(cache: Cache) -> Cache:
         )
 
     def keys(array: Array) -> Array:
-        return constrain(array, rows, None, "attention_heads", None)
+        return constrain(array, rows, "attention_heads", None, None)
 
     return Cache(
         mamba=tuple(map(state, cache.mamba)),

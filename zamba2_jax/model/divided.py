@@ -147,14 +147,16 @@ def cached_attention(
     q: Float[Array, "b t h p"],
     k: Float[Array, "b t kv p"],
     v: Float[Array, "b t kv p"],
-    cached_k: Float[Array, "b u kv p"],
-    cached_v: Float[Array, "b u kv p"],
+    cached_k: Float[Array, "b kv u p"],
+    cached_v: Float[Array, "b kv u p"],
     slots: Int[Array, "b t"],
     real: Bool[Array, "b t"],
     scale: float,
-) -> tuple[Float[Array, "b t h p"], Float[Array, "b u kv p"], Float[Array, "b u kv p"]]:
+) -> tuple[Float[Array, "b t h p"], Float[Array, "b kv u p"], Float[Array, "b kv u p"]]:
     """`ops.cached_attention`."""
     tokens = row_axes(len(q), cached=True)
-    heads = (*tokens, "attention_heads", None)
-    run = per_device(partial(ops.cached_attention, scale=scale), [heads] * 5 + [tokens] * 2, [heads] * 3)
+    rows, time = tokens
+    heads, cached = (rows, time, "attention_heads", None), (rows, "attention_heads", None, None)
+    places = [heads] * 3 + [cached] * 2 + [tokens] * 2
+    run = per_device(partial(ops.cached_attention, scale=scale), places, [heads, cached, cached])
     return run(q, k, v, cached_k, cached_v, slots, real)

@@ -11,8 +11,10 @@ from zamba2_jax.ops.placement import takes_tpu_kernels
 from zamba2_jax.ops.segments import document_index
 from zamba2_jax.typing import Array, Bool, Float, Int, at_least_fp32
 
-BLOCK = 128
-"""Slots of a cache that are attended to at a time: on CPU the fastest of 128, 256 and 512."""
+BLOCK = 512
+"""Slots of a cache that many queries attend to at a time: on CPU the fastest of powers of two."""
+FITTING = 2**19
+"""Numbers in those keys of a block that one query per row attends to: what stays in a CPU's cache while it is read."""
 
 Implementation = Literal["xla", "splash", "cudnn"]
 
@@ -62,19 +64,20 @@ def cached_attention(
     q: Float[Array, "b t h p"],
     k: Float[Array, "b t kv p"],
     v: Float[Array, "b t kv p"],
-    cached_k: Float[Array, "b u kv p"],
-    cached_v: Float[Array, "b u kv p"],
+    cached_k: Float[Array, "b kv u p"],
+    cached_v: Float[Array, "b kv u p"],
     slots: Int[Array, "b t"],
     real: Bool[Array, "b t"],
     scale: float,
-) -> tuple[Float[Array, "b t h p"], Float[Array, "b u kv p"], Float[Array, "b u kv p"]]:
+) -> tuple[Float[Array, "b t h p"], Float[Array, "b kv u p"], Float[Array, "b kv u p"]]:
     """Writes new keys and values into a cache, then attends to all of the row up to each query.
 
     In plain XLA on every platform, by blocks of slots; not differentiable in reverse.
 
     Args:
         q, k, v: of the new tokens.
-        cached_k, cached_v: slots [0, slots[:, 0]) hold the tokens before; the others' content is not read.
+        cached_k, cached_v: slots [0, slots[:, 0]) hold the tokens before; the others' content is not read. Heads stand
+            before slots, so that what a head reads is one piece of memory.
         slots: where each new token goes, ascending along t. A slot past the end is not written.
         real: False at padding, which is not written either and whose output has no meaning.
         scale: factor on the scores.
@@ -83,16 +86,16 @@ def cached_attention(
         The attention output, and the cache's keys and values with the new tokens in them.
     """
     row = jnp.arange(q.shape[0])[:, None]
-    target = jnp.where(real, slots, cached_k.shape[1])
-    cached_k = cached_k.at[row, target].set(k.astype(cached_k.dtype), mode="drop")
-    cached_v = cached_v.at[row, target].set(v.astype(cached_v.dtype), mode="drop")
+    target = jnp.where(real, slots, cached_k.shape[2])
+    cached_k = cached_k.at[row, :, target].set(k.astype(cached_k.dtype), mode="drop")
+    cached_v = cached_v.at[row, :, target].set(v.astype(cached_v.dtype), mode="drop")
     return _attend_in_blocks(q, cached_k, cached_v, slots, real, scale), cached_k, cached_v
 
 
 def _attend_in_blocks(
     q: Float[Array, "b t h p"],
-    k: Float[Array, "b u kv p"],
-    v: Float[Array, "b u kv p"],
+    k: Float[Array, "b kv u p"],
+    v: Float[Array, "b kv u p"],
     slots: Int[Array, "b t"],
     real: Bool[Array, "b t"],
     scale: float,
@@ -102,28 +105,40 @@ def _attend_in_blocks(
     Only the blocks that hold tokens are read, so that time goes with the longest row and not with the capacity; and
     memory does not grow with either.
     """
-    (b, t, h, p), (u, kv) = q.shape, k.shape[1:3]
-    size, wide = min(BLOCK, u), at_least_fp32(q.dtype)
-    q = q.reshape(b, t, kv, h // kv, p)
+    (b, t, h, p), (kv, u) = q.shape, k.shape[1:3]
+    size, wide = min(_block_size(k, t), u), at_least_fp32(q.dtype)
+    q = q.swapaxes(1, 2).reshape(b, kv, h // kv * t, p)
+    last = jnp.tile(slots, (1, h // kv))[:, None, :, None]
+    matrices = (0, 1), (0, 1)
 
     def add(i: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         top, total, out = carry
         start = jnp.minimum(i * size, u - size)  # the last block may overlap the one before it
         at = start + jnp.arange(size)
-        visible = (at >= i * size) & (at <= slots[:, :, None])
-        block_k, block_v = (jax.lax.dynamic_slice_in_dim(x, start, size, axis=1).astype(q.dtype) for x in (k, v))
-        scores = jnp.einsum("btkrp,bukp->bkrtu", q, block_k, preferred_element_type=wide) * scale
-        scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
-        new_top = jnp.maximum(top, scores.max(axis=-1))
-        weights, kept = jnp.exp(scores - new_top[..., None]), jnp.exp(top - new_top)
-        added = jnp.einsum("bkrtu,bukp->bkrtp", weights.astype(q.dtype), block_v, preferred_element_type=wide)
-        return new_top, kept * total + weights.sum(axis=-1), kept[..., None] * out + added
+        visible = (at >= i * size) & (at <= last)
+        block_k, block_v = (jax.lax.dynamic_slice_in_dim(x, start, size, axis=2).astype(q.dtype) for x in (k, v))
+        scores = jax.lax.dot_general(q, block_k, (((3,), (3,)), matrices), preferred_element_type=wide) * scale
+        scores = jnp.where(visible, scores, -jnp.inf)
+        new_top = jnp.maximum(top, scores.max(axis=-1, keepdims=True))
+        weights, kept = jnp.exp(scores - new_top), jnp.exp(top - new_top)
+        added = jax.lax.dot_general(
+            weights.astype(q.dtype), block_v, (((3,), (2,)), matrices), preferred_element_type=wide
+        )
+        return new_top, kept * total + weights.sum(axis=-1, keepdims=True), kept * out + added
 
-    zeros = jnp.zeros((b, kv, h // kv, t), wide)
+    zeros = jnp.zeros((*q.shape[:3], 1), wide)
     blocks = jnp.minimum(jnp.max(slots, where=real, initial=0), u - 1) // size + 1
     # Every query sees slot 0, so that `top` is finite from the first block on.
-    _, total, out = jax.lax.fori_loop(0, blocks, add, (zeros - jnp.inf, zeros, jnp.zeros((*zeros.shape, p), wide)))
-    return jnp.moveaxis(out / total[..., None], 3, 1).reshape(b, t, h, p).astype(q.dtype)
+    _, total, out = jax.lax.fori_loop(0, blocks, add, (zeros - jnp.inf, zeros, jnp.zeros(q.shape, wide)))
+    return (out / total).reshape(b, h, t, p).swapaxes(1, 2).astype(q.dtype)
+
+
+def _block_size(k: Float[Array, "b kv u p"], queries: int) -> int:
+    """Slots that are attended to at a time."""
+    if queries > 1:
+        return BLOCK
+    b, kv, _, p = k.shape
+    return next(size for size in (512, 256, 128, 64, 32) if size == 32 or size * b * kv * p <= FITTING)
 
 
 def default_implementation() -> Implementation:
