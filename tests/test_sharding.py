@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from tests.helpers import SMALL, TINY, assert_close, random_model, random_tokens
 from zamba2_jax import capture, next_token_loss
 from zamba2_jax.model.parameter import named_parameters
-from zamba2_jax.sharding import MESH_AXES, check_mesh, constrain, make_mesh, shard_model
+from zamba2_jax.sharding import MESH_AXES, check_mesh, constrain, gather_parameters, make_mesh, shard_model
 from zamba2_jax.train.data import Batch
 from zamba2_jax.train.optimizer import AdamW
 from zamba2_jax.train.step import compile_train_step, init_state
@@ -88,6 +88,24 @@ def test_every_parameter_has_its_place():
         assert array.sharding == NamedSharding(mesh, spec), name
         split = 2 ** len(jax.tree.leaves(tuple(spec)))
         assert array.addressable_shards[0].data.size == array.size // split, name
+
+
+def test_parameters_are_gathered_along_fsdp_alone_and_their_gradients_are_not():
+    mesh = make_mesh(fsdp=2, tensor=2)
+    model = shard_model(random_model(dataclasses.replace(SMALL, tie_embeddings=False)), mesh)
+
+    def gathered_and_cotangent(model):
+        gathered, pull = jax.vjp(gather_parameters, model)
+        return gathered, pull(gathered)[0]
+
+    with jax.set_mesh(mesh):
+        gathered, cotangent = jax.jit(gathered_and_cotangent)(model)
+    for name, spec in PLACES.items():
+        whole = P(*("tensor" if "tensor" in (axes or ()) else None for axes in spec))
+        for tree, expected in ((gathered, whole), (cotangent, spec)):
+            array = named_parameters(tree)[name][...]
+            assert array.sharding.is_equivalent_to(NamedSharding(mesh, expected), array.ndim), name
+            np.testing.assert_array_equal(array, named_parameters(model)[name][...])
 
 
 def mesh_of(sizes):

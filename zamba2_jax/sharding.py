@@ -6,6 +6,7 @@ that take no mesh leave everything as it is.
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol, TypeVar, cast
 
 import jax
@@ -132,6 +133,29 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def constrain_parameters(tree: Tree) -> Tree:
     """Every parameter in a pytree, such as a gradient or the state of an optimizer, where the mesh has its like."""
     return _map_parameters(lambda array, parameter: constrain(array, *parameter.axes), tree)
+
+
+def gather_parameters(tree: Tree) -> Tree:
+    """Every parameter in a pytree made whole along `fsdp`, for use; gradients are where `constrain_parameters` says.
+
+    Left to itself, the TPU compiler takes a product with a divided weight by steps as the parts come in, and reads and
+    writes the whole result at each step.
+    """
+    return _map_parameters(lambda array, parameter: _gather(array, parameter.axes), tree)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather(array: Array, axes: Axes) -> Array:
+    if ambient_mesh() is None:
+        return array
+    whole = [tuple(name for name in _mesh_axes(axis) if name != "fsdp") for axis in axes]
+    return jax.lax.with_sharding_constraint(array, PartitionSpec(*(names or None for names in whole)))
+
+
+_gather.defvjp(
+    lambda array, axes: (_gather(array, axes), None),
+    lambda axes, _, cotangent: (constrain(_gather(cotangent, axes), *axes),),
+)
 
 
 def ambient_mesh() -> AbstractMesh | None:

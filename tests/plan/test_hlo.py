@@ -32,6 +32,11 @@ MODULE = """HloModule jit_f, is_scheduled=true
   %x.1 = bf16[80]{0} get-tuple-element(%loop), index=3
   %row.1 = f32[100]{0} fusion(%stack.1, %i.1), kind=kLoop, calls=%sliced
   %kept = f32[100]{0:T(128)S(1)} negate(%row.1)
+  %fetch = (f32[100]{0}, f32[100]{0:T(128)S(1)}, u32[]{:S(2)}) copy-start(%row.1)
+  %fetched = f32[100]{0:T(128)S(1)} copy-done(%fetch)
+  %cut = ((f32[100]{0}), f32[25]{0:T(128)S(1)}, s32[]{:S(2)}) slice-start(%row.1), slice={[0:25]}
+  %cut.1 = f32[25]{0:T(128)S(1)} slice-done(%cut)
+  %return = (f32[100]{0}, f32[100]{0:T(128)S(1)}, u32[]{:S(2)}) copy-start(%fetched)
   %scattered = bf16[20]{0} fusion(%x.1), kind=kCustom, calls=%all-reduce-scatter.1
   ROOT %next = (s32[], f32[5,100]{1,0}, f32[100]{0}, bf16[80]{0}) tuple(%i.1, %stack.1, %row.1, %x.1)
 }
@@ -69,7 +74,8 @@ def test_traffic_by_hand():
     # A ring sends all but its own part: of 360 bytes gathered from 3, of 160 reduced by 4, five times.
     assert found.sent == pytest.approx({"all-gather": 240, "collective-permute": 360, "reduce-scatter": 5 * 120})
     row = 400 + 4 + 400  # the slice, its index, the result
-    each = row + 400 + (160 + 40)  # what is kept on the chip is only read
+    # What is kept on the chip is only read, and copies to it and from it count on one side.
+    each = row + 400 + (400 + 100 + 400) + (160 + 40)
     assert found.memory == 5 * each + (120 + 360) + (360 + 360)
     assert found.unknown_loops == 0
 
@@ -85,6 +91,15 @@ def test_the_forms_of_the_tpu_compiler():
     text = text.replace(scattered, scattered + scattered.replace("scattered =", "again ="))
     found, expected = traffic(text.replace("ROOT %more = pred[] constant(true)", condition)), traffic(MODULE)
     assert (found.sent, found.unknown_loops) == (expected.sent, 0)
+
+
+def test_collectives_that_share_a_channel_are_all_counted():
+    """As those of one `shard_map` do."""
+    moved = "  %moved = f32[90]{0} collective-permute(%gathered), channel_id=1, source_target_pairs={{0,1},{1,0}}\n"
+    found = traffic(
+        MODULE.replace("  %run =", moved.replace("%moved", "%again") + moved.replace("%moved", "%more") + "  %run =")
+    )
+    assert (found.collectives["collective-permute"], found.sent["collective-permute"]) == (3, 3 * 360)
 
 
 def test_loops_of_unknown_length_are_counted_once_and_named():

@@ -17,7 +17,7 @@ from zamba2_jax.model.shared import SharedBlock, SharedCall
 from zamba2_jax.model.zamba2 import Zamba2, default_positions
 from zamba2_jax.ops.norm import rms_norm
 from zamba2_jax.ops.ssd import Implementation
-from zamba2_jax.sharding import constrain, constrain_parameters
+from zamba2_jax.sharding import constrain, gather_parameters
 from zamba2_jax.typing import Array, DTypeLike, Float, Int, cast_matrices
 
 Remat = Literal["none", "layer", "matmuls"]
@@ -77,13 +77,13 @@ def hidden_states(
 
     @checkpointed
     def call_shared(shared: SharedBlock, call: SharedCall, h: Array, embedded: Array) -> Array:
-        shared = constrain_parameters(cast_matrices(shared, dtype))
-        call = constrain_parameters(cast_matrices(call, dtype))
+        shared = gather_parameters(cast_matrices(shared, dtype))
+        call = gather_parameters(cast_matrices(call, dtype))
         return shared(h, embedded, call, positions, segment_ids)[0]
 
     @checkpointed
     def mix(layer: MambaLayer, h: Array, given: Array | None) -> Array:
-        layer = constrain_parameters(layer)
+        layer = gather_parameters(layer)
         return constrain(layer(h, given, None, segment_ids, implementation=implementation)[0], "batch", "time", None)
 
     if scan:

@@ -73,7 +73,7 @@ def traffic(hlo: str) -> Traffic:
     entry, computations = _parse(hlo)
     fused = {name for instructions in computations.values() for i in instructions if _fuses(i) for name in i.called}
     memory, unknown = 0.0, 0
-    channels: set[str] = set()  # a TPU's collective that goes on beside several fusions stands in each of them
+    beside: set[tuple[str, str, float]] = set()  # a TPU's collective that goes on beside fusions stands in each of them
     sent: defaultdict[str, float] = defaultdict(float)
     runs: Counter[str] = Counter()
     for name, times, is_unknown in _executed(entry, computations):
@@ -82,9 +82,9 @@ def traffic(hlo: str) -> Traffic:
         for instruction in by_name.values():
             kind, volume = _collective(instruction, name, by_name)
             channel = _CHANNEL.search(instruction.text)
-            key = f"{kind} {channel[1]}" if channel else f"{kind} of {name}.{instruction.name}"
-            if kind and key not in channels:
-                channels.add(key)
+            key = kind, channel[1] if channel and name in fused else f"of {name}.{instruction.name}", volume
+            if kind and key not in beside:
+                beside.add(key)
                 runs[kind] += times
                 sent[kind] += times * volume
             if name not in fused:
@@ -208,8 +208,11 @@ def _memory(
         sum(array.size for array in by_name[name].result if array.in_memory) if name in by_name else 0
         for name in instruction.operands
     ]
+    if opcode in ("copy-start", "slice-start"):
+        ends = instruction.result[:2]  # of which one is the copy or the slice, and the other what it is taken from
+        return min(array.size for array in ends) * sum(array.in_memory for array in ends)
     if opcode.endswith("-start"):
-        return sum(read) + max((a.size for a in instruction.result[1:] if a.in_memory), default=0)
+        return sum(read) + max((array.size for array in instruction.result if array.in_memory), default=0)
     if opcode in ("dynamic-slice", "slice", "gather"):
         return 2 * written
     if opcode in ("dynamic-update-slice", "scatter"):
@@ -222,7 +225,7 @@ def _memory(
 def _fusion(inside: list[Instruction], read: list[int], written: int) -> float:
     """As `_memory`, with operands that are only sliced as large as their slices, and updates as large as they are."""
     by_name = {instruction.name: instruction for instruction in inside}
-    total = float(written)
+    total, results = float(written), written
     for instruction in inside:
         users = [user for user in inside if instruction.name in user.operands]
         if instruction.opcode == "parameter" and users:
@@ -233,9 +236,9 @@ def _fusion(inside: list[Instruction], read: list[int], written: int) -> float:
                 total += min(read[number], sum(array.size for user in users for array in user.result))
             elif not updated:
                 total += read[number]
-        if instruction.opcode == "dynamic-update-slice" and total >= written:
+        if instruction.opcode == "dynamic-update-slice":
             whole = sum(array.size for array in instruction.result)
-            part = sum(array.size for array in by_name[instruction.operands[1]].result)
-            if whole <= written:
-                total += part - whole
-    return max(total, 0)
+            if whole <= results:  # it is one of the results, or there is another as large
+                results -= whole
+                total += sum(array.size for array in by_name[instruction.operands[1]].result) - whole
+    return total
