@@ -2,6 +2,7 @@
 
     python experiments/bench_generation.py                        # everything, some forty minutes
     python experiments/bench_generation.py first batch            # any of: first, batch, memory, machine
+    python experiments/bench_generation.py memory float32         # in float32, or in bfloat16, alone
 
 Needs the `parity` extra. Random weights, greedy, both sides through their `generate` with a cache, transformers at the
 chunk size its scan is fastest with, in float32 and bfloat16. Each contender is a process of its own with its model, one
@@ -207,9 +208,12 @@ def write(results: dict[str, dict[str, float]]) -> None:
 def main() -> None:
     """Runs the named tasks, or all, and writes what they found."""
     tasks = {task.__name__: task for task in (first, batch, memory)}
-    chosen = sys.argv[1:] or [*tasks, "machine"]
+    dtypes = {"float32", "bfloat16"} & set(sys.argv[1:]) or {"float32", "bfloat16"}
+    chosen = [word for word in sys.argv[1:] if word not in dtypes] or [*tasks, "machine"]
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {name: {} for name in CONTENDERS}
-    for name in CONTENDERS if set(chosen) & set(tasks) else ():
+    for name in CONTENDERS:
+        if name.split()[1] not in dtypes or not set(chosen) & set(tasks):
+            continue
         contender = Contender(name)
         for task in chosen:
             results[name] |= tasks[task](contender) if task in tasks else {}

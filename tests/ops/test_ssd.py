@@ -286,7 +286,8 @@ def test_kernels_are_the_default_of_a_shard():
     specs = jax.sharding.PartitionSpec("data")
     for platform in ("tpu", "cpu"):
         device = jax.sharding.AbstractDevice(device_kind="any", num_cores=None, platform=platform)
-        mesh = jax.sharding.AbstractMesh((2,), ("data",), abstract_device=device)
+        auto = (jax.sharding.AxisType.Auto,)
+        mesh = jax.sharding.AbstractMesh((2,), ("data",), axis_types=auto, abstract_device=device)
         with jax.sharding.use_abstract_mesh(mesh):
             seen.append(default_implementation())
             jax.eval_shape(jax.shard_map(shard, in_specs=specs, out_specs=specs, check_vma=False), np.zeros(2))
