@@ -47,6 +47,7 @@ Generate = Callable[[np.ndarray, int], Any]
 def ours(dtype: str) -> Generate:
     """Continues rows of tokens [b, t] by some more, with our model of random weights."""
     model = jax.jit(lambda: Zamba2(Zamba2Config.preset(PRESET), rngs=nnx.Rngs(0), dtype=dtype))()
+    jax.block_until_ready(model)  # making it takes more memory than anything after that
     return lambda prompts, new: generate(model, prompts.tolist(), new, slots=len(prompts))
 
 
