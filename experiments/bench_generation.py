@@ -209,12 +209,12 @@ def write(results: dict[str, dict[str, float]]) -> None:
 def main() -> None:
     """Runs the named tasks, or all, and writes what they found."""
     tasks = {task.__name__: task for task in (first, batch, memory)}
-    dtypes = {"float32", "bfloat16"} & set(sys.argv[1:]) or {"float32", "bfloat16"}
+    dtypes = {name.split()[1] for name in CONTENDERS}
+    asked = dtypes & set(sys.argv[1:]) or dtypes
     chosen = [word for word in sys.argv[1:] if word not in dtypes] or [*tasks, "machine"]
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {name: {} for name in CONTENDERS}
-    for name in CONTENDERS:
-        if name.split()[1] not in dtypes or not set(chosen) & set(tasks):
-            continue
+    compared = [name for name in CONTENDERS if name.split()[1] in asked] if set(chosen) & set(tasks) else []
+    for name in compared:
         contender = Contender(name)
         for task in chosen:
             results[name] |= tasks[task](contender) if task in tasks else {}

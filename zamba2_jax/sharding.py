@@ -146,14 +146,12 @@ def gather_parameters(tree: Tree) -> Tree:
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _gather(array: Array, axes: Axes) -> Array:
-    if ambient_mesh() is None:
-        return array
-    whole = [tuple(name for name in _mesh_axes(axis) if name != "fsdp") for axis in axes]
-    return jax.lax.with_sharding_constraint(array, PartitionSpec(*(names or None for names in whole)))
+    return array if ambient_mesh() is None else jax.lax.with_sharding_constraint(array, _spec(axes, without="fsdp"))
 
 
 _gather.defvjp(
     lambda array, axes: (_gather(array, axes), None),
+    # Whole at first: the product that makes it would be taken by steps too.
     lambda axes, _, cotangent: (constrain(_gather(cotangent, axes), *axes),),
 )
 
@@ -238,8 +236,9 @@ def _mesh_axes(axis: str | None) -> tuple[str, ...]:
     return RULES.get(axis, ()) if axis is not None else ()
 
 
-def _spec(axes: Axes) -> PartitionSpec:
-    return PartitionSpec(*(entry[0] if len(entry) == 1 else entry or None for entry in map(_mesh_axes, axes)))
+def _spec(axes: Axes, without: str | None = None) -> PartitionSpec:
+    entries = [tuple(name for name in _mesh_axes(axis) if name != without) for axis in axes]
+    return PartitionSpec(*(entry[0] if len(entry) == 1 else entry or None for entry in entries))
 
 
 def _checked_spec(shape: tuple[int, ...], axes: Axes, mesh: Mesh | AbstractMesh) -> PartitionSpec:

@@ -80,15 +80,17 @@ def traffic(hlo: str) -> Traffic:
         unknown += is_unknown
         by_name = {instruction.name: instruction for instruction in computations[name]}
         for instruction in by_name.values():
-            kind, volume = _collective(instruction, name, by_name)
-            channel = _CHANNEL.search(instruction.text)
-            key = kind, channel[1] if channel and name in fused else f"of {name}.{instruction.name}", volume
-            if kind and key not in beside:
-                beside.add(key)
-                runs[kind] += times
-                sent[kind] += times * volume
             if name not in fused:
                 memory += times * _memory(instruction, by_name, computations)
+            kind, volume = _collective(instruction, name, by_name)
+            channel = _CHANNEL.search(instruction.text)
+            part = (kind, channel[1], volume) if channel and name in fused else None
+            if not kind or part in beside:
+                continue
+            if part is not None:
+                beside.add(part)
+            runs[kind] += times
+            sent[kind] += times * volume
     return Traffic(memory, dict(sent), dict(runs), unknown)
 
 
