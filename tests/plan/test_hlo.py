@@ -80,6 +80,37 @@ def test_traffic_by_hand():
     assert found.unknown_loops == 0
 
 
+def test_of_what_a_fusion_slices_or_updates_only_the_part_counts():
+    """Seen through a bitcast too, as the GPU's compiler writes it; any other use takes the whole."""
+    row, stack = 4 * 10, 4 * 30
+    parts = "%bits, %new, %i, %zero"
+    module = """HloModule jit_g
+
+%accumulate (sums: f32[30], i: s32[], x: f32[1,10]) -> f32[3,10] {
+  %sums = f32[30]{0} parameter(0)
+  %bits = f32[3,10]{1,0} bitcast(%sums)
+  %i = s32[] parameter(1)
+  %x = f32[1,10]{1,0} parameter(2)
+  %zero = s32[] constant(0)
+  %old = f32[1,10]{1,0} dynamic-slice(%bits, %i, %zero), dynamic_slice_sizes={1,10}
+  %new = f32[1,10]{1,0} add(%old, %x)
+  ROOT %updated = f32[3,10]{1,0} dynamic-update-slice(PARTS)
+}
+
+ENTRY %main (sums.1: f32[30], i.1: s32[], x.1: f32[1,10]) -> f32[3,10] {
+  %sums.1 = f32[30]{0} parameter(0)
+  %i.1 = s32[] parameter(1)
+  %x.1 = f32[1,10]{1,0} parameter(2)
+  ROOT %result = f32[3,10]{1,0} fusion(%sums.1, %i.1, %x.1), kind=kLoop, calls=%accumulate
+}
+"""
+    assert traffic(module.replace("PARTS", parts)).memory == (row + row) + 4 + row  # read and written, index, x
+    doubled = module.replace("PARTS", "%doubled, %new, %i, %zero").replace(
+        "  ROOT %updated", "  %doubled = f32[3,10]{1,0} add(%bits, %bits)\n  ROOT %updated"
+    )
+    assert traffic(doubled).memory == (stack + row) + 4 + row
+
+
 def test_the_forms_of_the_tpu_compiler():
     """Groups by the axes of a mesh, loops whose condition tells how often they run, one collective in two fusions."""
     condition = """%i.2 = s32[] get-tuple-element(%loop.1), index=0

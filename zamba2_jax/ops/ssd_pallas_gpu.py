@@ -51,13 +51,14 @@ class Tuning:
 
     chunk: int = 64
     num_warps: int = 4
-    backward_warps: int = 4
+    backward_warps: int = 8
     num_stages: int = 2
     walk_slice: int = 32
     programs: int = 512
 
 
-DEFAULT = Tuning()
+DEFAULTS = {jnp.dtype(jnp.bfloat16): Tuning(), jnp.dtype(jnp.float32): Tuning(chunk=32)}
+"""By the dtype of x. Chunks of 64 float32 with n=128 take more shared memory than a multiprocessor has."""
 
 
 def ssd_pallas_gpu(
@@ -70,7 +71,7 @@ def ssd_pallas_gpu(
     initial_state: Float[Array, "b h p n"] | None,
     *,
     interpret: bool = False,
-    tuning: Tuning = DEFAULT,
+    tuning: Tuning | None = None,
 ) -> tuple[Float[Array, "b t h p"], Float[Array, "b h p n"]]:
     """S_t = exp(log_decay_t) S_{t-1} + dt_t x_t B_t^T and y_t = S_t C_t + D x_t, for every head and all t.
 
@@ -86,7 +87,7 @@ def ssd_pallas_gpu(
         D: weight of the skip connection, float32, or None.
         initial_state: S before the first token, float32; None for zeros.
         interpret: run in Python on any device, slowly, for tests.
-        tuning: sizes of chunks and programs.
+        tuning: sizes of chunks and programs; by default those of `DEFAULTS`.
 
     Returns:
         y, in the dtype of x, and S after the last token, in float32.
@@ -96,10 +97,11 @@ def ssd_pallas_gpu(
             a power of two in range.
     """
     (b, t, h, p), (g, n) = x.shape, B.shape[2:]
-    if x.dtype not in (jnp.bfloat16, jnp.float32):
+    if x.dtype not in DEFAULTS:
         raise ValueError(f"x has dtype {x.dtype}: expected bfloat16 or float32")
     if h % g:
         raise ValueError(f"{h} heads do not divide into {g} groups")
+    tuning = tuning or DEFAULTS[x.dtype]
     if tuning.chunk != _tile(tuning.chunk) or tuning.chunk > MAX_CHUNK:
         raise ValueError(f"chunk={tuning.chunk}: expected a power of two from {SMALLEST_TILE} to {MAX_CHUNK}")
     tuning = replace(tuning, chunk=min(tuning.chunk, _tile(t)))
@@ -284,34 +286,37 @@ def _gradients_kernel(
     dB_ref: Ref,
     dC_ref: Ref,
 ) -> None:
-    B, C = B_ref[...], C_ref[...]
-    dtype, size, heads = x_ref.dtype, B.shape[0], x_ref.shape[1]
-    scores = _dot(C, B, (1, 1))
+    dtype, size, heads = x_ref.dtype, B_ref.shape[0], x_ref.shape[1]
+    scores = _dot(C_ref[...], B_ref[...], (1, 1))
     causal = _causal(size)
     earlier = jnp.where(causal, 0.0, 1.0).astype(dtype)  # [s, k]: s < k
 
+    # Arrays are loaded where they are used, again if need be, and the largest terms come first: registers do not hold
+    # what is live in any other order.
     def of_head(i: Array, dscores: Array) -> Array:
-        x, dy, start, dend = x_ref[:, i, :], dy_ref[:, i, :], starts_ref[i], dends_ref[i]
-        x32, dy32, dt = x.astype(jnp.float32), dy.astype(jnp.float32), dt_ref[i, :]
-        decays = _decays(log_decay_ref[i, :])
-
-        started = decays.from_start * jnp.sum(dy32 * _dot(C, start, (1, 1)), axis=1)
-        du = decays.to_end[:, None] * _dot(B, dend, (1, 1))  # of u = dt x, by the chunks that follow
-        ended = dt * jnp.sum(x32 * du, axis=1)
-        through = decays.whole * jnp.sum(start.astype(jnp.float32) * dend.astype(jnp.float32))
-
+        dt, decays = dt_ref[i, :], _decays(log_decay_ref[i, :])
         between = decays.between()
-        du += _dot((scores * between).astype(dtype), dy, (0, 0))
-        dx_ref[:, i, :] = (dt[:, None] * du + D_ref[i] * dy32).astype(dx_ref.dtype)
-        ddt_ref[i, :] = jnp.sum(x32 * du, axis=1)
-        dskip_ref[i, :] = jnp.sum(x32 * dy32, axis=1)
+        dscores_of_head = _dot(dy_ref[:, i, :], x_ref[:, i, :], (1, 1)) * (between * dt[None, :])
 
         # Token k's decay weighs all that goes from before k to k or after. Sums of just those terms: within the chunk,
-        # and from its start to l >= k, from s < k to its end, and from its start to its end.
-        dscores_of_head = _dot(dy, x, (1, 1)) * between * dt[None, :]
+        # then from its start to l >= k, from s < k to its end, and from its start to its end.
         within = _dot((dscores_of_head * scores).astype(dtype), earlier)  # [l, k]
-        around = jnp.where(causal, within + started[:, None], ended[:, None])
-        dlog_decay_ref[i, :] = jnp.sum(around, axis=0) + through
+        dlog_decay = jnp.sum(jnp.where(causal, within, 0.0), axis=0)
+
+        du = _dot((scores * between).astype(dtype), dy_ref[:, i, :], (0, 0))  # of u = dt x, by this chunk
+        later = decays.to_end[:, None] * _dot(B_ref[...], dends_ref[i], (1, 1))  # and by those that follow
+        du += later
+        x, dy = x_ref[:, i, :].astype(jnp.float32), dy_ref[:, i, :].astype(jnp.float32)
+        ended = dt * jnp.sum(x * later, axis=1)
+        ddt_ref[i, :] = jnp.sum(x * du, axis=1)
+        dskip_ref[i, :] = jnp.sum(x * dy, axis=1)
+        dx_ref[:, i, :] = (dt[:, None] * du + D_ref[i] * dy).astype(dx_ref.dtype)
+
+        start, dy = starts_ref[i], dy_ref[:, i, :].astype(jnp.float32)
+        started = decays.from_start * jnp.sum(dy * _dot(C_ref[...], start, (1, 1)), axis=1)
+        dlog_decay += jnp.sum(jnp.where(causal, started[:, None], ended[:, None]), axis=0)
+        through = decays.whole * jnp.sum(start.astype(jnp.float32) * dends_ref[i].astype(jnp.float32))
+        dlog_decay_ref[i, :] = dlog_decay + through
         return dscores + dscores_of_head
 
     def of_states(i: Array, sums: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -323,7 +328,7 @@ def _gradients_kernel(
 
     # Two loops, as registers do not hold the sums of both.
     dscores = jax.lax.fori_loop(0, heads, of_head, jnp.zeros_like(scores)).astype(dtype)
-    sums = _dot(dscores, C, (0, 0)), _dot(dscores, B)
+    sums = _dot(dscores, C_ref[...], (0, 0)), _dot(dscores, B_ref[...])
     dB_ref[...], dC_ref[...] = jax.lax.fori_loop(0, heads, of_states, sums)
 
 

@@ -229,18 +229,25 @@ def _fusion(inside: list[Instruction], read: list[int], written: int) -> float:
     by_name = {instruction.name: instruction for instruction in inside}
     total, results = float(written), written
     for instruction in inside:
-        users = [user for user in inside if instruction.name in user.operands]
-        if instruction.opcode == "parameter" and users:
+        if instruction.opcode == "parameter" and (uses := list(_uses(instruction.name, inside))):
             number = int(instruction.text.partition("parameter(")[2].partition(")")[0])
-            sliced = all(u.opcode in ("dynamic-slice", "slice") for u in users)
-            updated = all(u.opcode == "dynamic-update-slice" and u.operands[0] == instruction.name for u in users)
-            if sliced:
-                total += min(read[number], sum(array.size for user in users for array in user.result))
-            elif not updated:
-                total += read[number]
+            slices = [user for user, _ in uses if user.opcode in ("dynamic-slice", "slice")]
+            updates = [user for user, operand in uses if user.opcode == "dynamic-update-slice" and operand == 0]
+            parts = sum(array.size for user in slices for array in user.result)
+            total += min(read[number], parts) if len(slices) + len(updates) == len(uses) else read[number]
         if instruction.opcode == "dynamic-update-slice":
             whole = sum(array.size for array in instruction.result)
             if whole <= results:  # it is one of the results, or there is another as large
                 results -= whole
                 total += sum(array.size for array in by_name[instruction.operands[1]].result) - whole
     return total
+
+
+def _uses(name: str, inside: list[Instruction]) -> Iterator[tuple[Instruction, int]]:
+    """The instructions that take a value, under this name or as seen through a bitcast, and as which operand."""
+    for user in inside:
+        if name in user.operands:
+            if user.opcode == "bitcast":
+                yield from _uses(user.name, inside)
+            else:
+                yield user, user.operands.index(name)
