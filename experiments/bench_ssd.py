@@ -4,8 +4,8 @@
     python experiments/bench_ssd.py speed error      # any of: speed, error, length
 
 Needs the `parity` extra, for transformers' own function. `mamba2-jax` and `bonsai` are compared where they can be
-imported. Every ratio is one of medians of calls that took turns in one process, so that a busy machine slows both
-sides. Prints tables and writes bench_ssd.json beside this file.
+imported. Every ratio is one of medians of calls that took turns, two by two, so that a busy machine slows both sides.
+Prints tables and writes bench_ssd.json beside this file.
 """
 
 import importlib
@@ -117,25 +117,24 @@ def milliseconds(calls: dict[str, Call], rounds: int) -> dict[str, float]:
 
 
 def speed() -> list[Row]:
-    """Ours beside each of the others at its best chunk size."""
+    """Ours beside each of the others at its best chunk size, in pairs."""
     rows = []
     for name, shape in SHAPES.items():
         inputs = arguments(*shape)
-        everything = {"ours": {0: of_jax(lambda **arrays: ssd(**arrays)[0], inputs)}}
-        everything["transformers"] = {chunk: of_torch(chunk, inputs) for chunk in TORCH_CHUNKS}
+        ours = of_jax(lambda **arrays: ssd(**arrays)[0], inputs)
+        others = {"transformers": {chunk: of_torch(chunk, inputs) for chunk in TORCH_CHUNKS}}
         for package, module in OTHERS.items():
             if importlib.util.find_spec(module.split(".")[0]):
-                everything[package] = {chunk: of_jax(of_other(module, chunk), inputs) for chunk in OTHER_CHUNKS}
+                others[package] = {chunk: of_jax(of_other(module, chunk), inputs) for chunk in OTHER_CHUNKS}
         for i, what in enumerate(("forward", "forward and backward")):
-            best = {}
-            for package, calls in everything.items():
-                first = milliseconds({str(chunk): pair[i] for chunk, pair in calls.items()}, rounds=1)
-                best[package] = min(calls, key=lambda chunk, first=first: first[str(chunk)])
-            times = milliseconds({package: everything[package][best[package]][i] for package in best}, rounds=5)
-            for package, ms in times.items():
-                row = {"shape": name, "pass": what, "of": package, "chunk": best[package] or "default", "ms": ms}
-                rows.append(row | {"ours / it": times["ours"] / ms})
-                print(rows[-1], file=sys.stderr, flush=True)
+            for package, calls in others.items():
+                first = milliseconds({str(chunk): pair[i] for chunk, pair in calls.items()}, rounds=3)
+                best = min(calls, key=lambda chunk, first=first: first[str(chunk)])
+                times = milliseconds({"ours": ours[i], "theirs": calls[best][i]}, rounds=9)
+                row = {"shape": name, "pass": what, "beside": package, "at chunk": best, "ours, ms": times["ours"]}
+                row |= {"theirs, ms": times["theirs"], "ours / theirs": times["ours"] / times["theirs"]}
+                rows.append(row)
+                print(row, file=sys.stderr, flush=True)
     return rows
 
 

@@ -71,7 +71,7 @@ def test_a_document_of_100_000_tokens(x64):
 
 
 def test_memory_of_the_gradient():
-    """All that 16k tokens take beside inputs and gradients, at most 6 times the inputs; compiled, not run."""
+    """All that 16k tokens take beside inputs and gradients, at most 1.5 times the inputs; compiled, not run."""
     t, h, p, n = 16384, 64, 64, 64
     x, per_head, B = ((1, t, h, p), (1, t, h), (1, t, 1, n))
     inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (x, per_head, (h,), B, B, (h,))]
@@ -80,4 +80,4 @@ def test_memory_of_the_gradient():
         return jax.vjp(lambda *inputs: ssd(*inputs)[0], *inputs)[1](inputs[0])
 
     memory = jax.jit(gradient).lower(*inputs).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < 6 * sum(4 * np.prod(a.shape) for a in inputs)
+    assert memory.temp_size_in_bytes < 1.5 * sum(4 * np.prod(a.shape) for a in inputs)

@@ -113,9 +113,8 @@ def default_implementation() -> Implementation:
 
 
 def _xla(x: Array, *others: Array | None, chunk_size: int | None) -> tuple[Array, Array]:
-    """`ssd_xla` at the sizes that are fastest: a chunk that stays in the cache on CPU, many at once elsewhere."""
-    best, window = (32, 1) if platform() == "cpu" else (64, 16)
-    chunk_size = min(chunk_size or best, x.shape[1])
+    """`ssd_xla` at the sizes that are fastest: what stays in the cache on CPU, many chunks at once elsewhere."""
+    chunk_size, window = min(chunk_size or 64, x.shape[1]), 1 if platform() == "cpu" else 16
     return ssd_xla(x, *others, chunk_size, min(window, -(-x.shape[1] // chunk_size)))
 
 

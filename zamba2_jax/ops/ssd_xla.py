@@ -10,6 +10,7 @@ products with B and with C are single ones for all heads of a group. Products ar
 memory as it is used, but for swaps of whole rows p: XLA would rather transpose while it computes.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -52,12 +53,12 @@ def ssd_xla(
 
 
 class _Tokens(NamedTuple):
-    """The inputs by chunks, at least float32; all shapes after the leading axes [b, c, g], or [w, b, c, g] of all.
+    """The inputs of a window, at least float32; all shapes after the leading axes [b, c, g].
 
     Attributes:
         x: [s, r, p].
         dt: [s, r].
-        coarse, fine: the parts of the log decays, summed from the start of the chunk; [s, r].
+        coarse, fine: the parts of the log decays, [s, r].
         B, C: [s, n].
     """
 
@@ -75,6 +76,7 @@ class _Window(NamedTuple):
     Attributes:
         scores: C_l . B_s for s <= l, else 0; [1, l, s].
         mixing: the coarse part of the decay from s to l, 1 for s > l; [r, l, s].
+        fine: the fine part of the log decay from the start of the chunk to after a token, [s, r].
         from_start, to_end: decay from the start of the chunk to after a token, and from there to its end; [s, r].
         decay: of the whole chunk, for every channel; [1, e].
         starts: the state before each chunk, [n, e].
@@ -83,6 +85,7 @@ class _Window(NamedTuple):
 
     scores: Array
     mixing: Array
+    fine: Array
     from_start: Array
     to_end: Array
     decay: Array
@@ -91,48 +94,49 @@ class _Window(NamedTuple):
 
 
 def _forward(x, dt, log_decay, B, C, D, initial_state, chunk_size, window):
-    (b, t, h, p), (g, n) = x.shape, B.shape[2:]
+    (b, t, h, p), (g, n), wide = x.shape, B.shape[2:], at_least_fp32(x.dtype)
     D_of_head = None if D is None else D.reshape(g, 1, -1, 1)
-    tokens = _by_windows(x, dt, log_decay, B, C, chunk_size, window)
-    state = jnp.zeros((b, h, p, n), tokens.x.dtype) if initial_state is None else initial_state.astype(tokens.x.dtype)
+    arrays = _filled((x, dt, log_decay, B, C), chunk_size * window)
+    state = jnp.zeros((b, h, p, n), wide) if initial_state is None else initial_state.astype(wide)
 
-    def step(state: Array, tokens: _Tokens) -> tuple[Array, tuple[Array, Array]]:
+    def step(carry: tuple[Array, Array], i: Array) -> tuple[tuple[Array, Array], Array]:
+        state, y = carry
+        tokens = _tokens(arrays, i, chunk_size, window)
         now = _window(tokens, state)
-        values = (tokens.dt * jnp.exp(-tokens.fine))[..., None] * tokens.x
+        values = (tokens.dt * jnp.exp(-now.fine))[..., None] * tokens.x
         inner = _rows_swapped(_product(now.scores * now.mixing, _rows_swapped(values)))
         outer = _product(tokens.C, now.starts).reshape(tokens.x.shape)
-        y = jnp.exp(tokens.fine)[..., None] * inner + now.from_start[..., None] * outer
+        y_now = jnp.exp(now.fine)[..., None] * inner + now.from_start[..., None] * outer
         if D_of_head is not None:
-            y += D_of_head * tokens.x
-        return now.end, (y.astype(x.dtype), state)
+            y_now += D_of_head * tokens.x
+        return (now.end, _put(y, y_now, i)), state
 
-    end, (y, states) = jax.lax.scan(step, _state_by_groups(state, g), tokens)
-    results = _by_time(y, t).reshape(x.shape), _state_by_heads(end, p)
+    first = _state_by_groups(state, g), jnp.zeros_like(arrays[0])
+    (end, y), states = jax.lax.scan(step, first, jnp.arange(-(-t // (chunk_size * window))))
+    results = y[:, :t], _state_by_heads(end, p)
     return results, (x, dt, log_decay, B, C, D, initial_state, states)
 
 
 def _backward(chunk_size, window, residuals, cotangents):
     x, dt, log_decay, B, C, D, initial_state, states = residuals
-    (b, t, h, p), g = x.shape, B.shape[2]
+    (_, t, h, p), g, wide = x.shape, B.shape[2], at_least_fp32(x.dtype)
     D_of_head = None if D is None else D.reshape(g, 1, -1, 1)
-    tokens = _by_windows(x, dt, log_decay, B, C, chunk_size, window)
-    d_y = _windows(cotangents[0].astype(tokens.x.dtype).reshape(b, t, g, -1, p), chunk_size, window)
-    d_end = _state_by_groups(cotangents[1].astype(tokens.x.dtype), g)
+    *arrays, d_y = _filled((x, dt, log_decay, B, C, cotangents[0]), chunk_size * window)
+    d_end = _state_by_groups(cotangents[1].astype(wide), g)
 
-    def step(carry: tuple[Array, Array], inputs: tuple[_Tokens, Array, Array]) -> tuple[tuple[Array, Array], tuple]:
-        (d_end, d_D), (tokens, state, d_y) = carry, inputs
-        d_start, (d_x, *others) = _window_backward(tokens, _window(tokens, state), d_y, d_end)
+    def step(carry: tuple[Array, Array, list[Array]], inputs: tuple[Array, Array]) -> tuple[tuple, None]:
+        (d_end, d_D, sums), (i, state) = carry, inputs
+        tokens, d_y_now = _tokens(arrays, i, chunk_size, window), _take(d_y, i, g, chunk_size, window)
+        d_start, (d_x, *others) = _window_backward(tokens, _window(tokens, state), d_y_now, d_end)
         if D_of_head is not None:
-            d_x += D_of_head * d_y
-            d_D += jnp.sum(_sum(d_y * tokens.x, -1), axis=(0, 1, 3))
-        return (d_start, d_D), (d_x.astype(x.dtype), *others)
+            d_x += D_of_head * d_y_now
+            d_D += jnp.sum(_sum(d_y_now * tokens.x, -1), axis=(0, 1, 3))
+        return (d_start, d_D, [_put(a, d, i) for a, d in zip(sums, (d_x, *others), strict=True)]), None
 
-    zero = jnp.zeros((g, h // g), tokens.x.dtype)
-    (d_start, d_D), outputs = jax.lax.scan(step, (d_end, zero), (tokens, states, d_y), reverse=True)
-    arguments = (x, dt, log_decay, B, C)
-    d_arguments = [_by_time(d, t).reshape(a.shape).astype(a.dtype) for d, a in zip(outputs, arguments, strict=True)]
+    first = d_end, jnp.zeros((g, h // g), wide), [jnp.zeros_like(a) for a in arrays]
+    (d_start, d_D, outputs), _ = jax.lax.scan(step, first, (jnp.arange(len(states)), states), reverse=True)
     return (
-        *d_arguments,
+        *(d[:, :t] for d in outputs),
         None if D is None else d_D.reshape(h).astype(D.dtype),
         None if initial_state is None else _state_by_heads(d_start, p).astype(initial_state.dtype),
     )
@@ -143,9 +147,11 @@ ssd_xla.defvjp(_forward, _backward)
 
 def _window(tokens: _Tokens, state: Array) -> _Window:
     """Decays and states of a window, from the state before it."""
-    x, dt, coarse, fine, B, C = tokens
-    scores = jnp.where(_causal(x.shape[-3]), _product(C, B, (-1, -1)), 0)[..., None, :, :]
-    by_head = coarse.swapaxes(-1, -2)
+    x, dt, _, _, B, C = tokens
+    causal = _causal(x.shape[-3])
+    scores = jnp.where(causal, _product(C, B, (-1, -1)), 0)[..., None, :, :]
+    coarse, fine = _sums(causal, tokens.coarse), _sums(causal, tokens.fine)
+    by_head = _sums(causal, tokens.coarse, swapped=True)
     mixing = jnp.exp(jnp.minimum(by_head[..., :, None] - by_head[..., None, :], 0))
 
     from_start = jnp.exp(coarse) * jnp.exp(fine)
@@ -155,13 +161,13 @@ def _window(tokens: _Tokens, state: Array) -> _Window:
     total_decay, ends = jax.lax.associative_scan(join, (decay, added), axis=1)
     ends += total_decay * state[:, None]
     starts = jnp.concatenate([state[:, None], ends[:, :-1]], axis=1)
-    return _Window(scores, mixing, from_start, to_end, decay, starts, ends[:, -1])
+    return _Window(scores, mixing, fine, from_start, to_end, decay, starts, ends[:, -1])
 
 
 def _window_backward(tokens: _Tokens, now: _Window, d_y: Array, d_end: Array) -> tuple[Array, tuple[Array, ...]]:
     """Cotangents of the state before the window, and of x (but for the skip), dt, log_decay, B and C."""
-    x, dt, _, fine, B, C = tokens
-    u = dt[..., None] * x
+    x, dt, _, _, B, C = tokens
+    u, fine, causal = dt[..., None] * x, now.fine, _causal(x.shape[-3])
 
     # Through the states: of every chunk's end and, by the scan in reverse, of every chunk's start.
     from_outer = now.from_start[..., None] * d_y
@@ -174,8 +180,7 @@ def _window_backward(tokens: _Tokens, now: _Window, d_y: Array, d_end: Array) ->
     d_log_from_start = _sum(from_outer * _product(C, now.starts).reshape(x.shape), -1)
     d_decay = now.decay * _product(jnp.ones_like(C[..., :1, :]), now.starts * d_ends)
     d_log_decay = _sum(d_decay.reshape(*d_decay.shape[:-1], *x.shape[-2:]), -1)
-    d_log_decay += jnp.cumsum(d_log_to_end, axis=-2) - d_log_to_end
-    d_log_decay += jnp.flip(jnp.cumsum(jnp.flip(d_log_from_start, -2), axis=-2), -2)
+    d_log_decay += _sums(~causal.T, d_log_to_end) + _sums(causal.T, d_log_from_start)
     d_B = _product(_channels(now.to_end[..., None] * u), d_ends, (-1, -1))
     d_C = _product(_channels(from_outer), now.starts, (-1, -1))
 
@@ -184,7 +189,6 @@ def _window_backward(tokens: _Tokens, now: _Window, d_y: Array, d_end: Array) ->
     mixed = now.scores * now.mixing
     d_mixed = _product(left, right, (-1, -1))
     d_u += jnp.exp(-fine)[..., None] * _rows_swapped(_product(mixed, left, (-2, -2)))
-    causal = _causal(x.shape[-3])
     d_scores = jnp.where(causal, _sum(d_mixed * now.mixing, -3), 0)
     d_B += _product(d_scores, C, (-2, -2))
     d_C += _product(d_scores, B)
@@ -208,11 +212,11 @@ def _channels(array: Float[Array, "*rest r p"]) -> Float[Array, "*rest e"]:
     return array.reshape(*array.shape[:-2], -1)
 
 
-def _product(a: Array, b: Array, axes: tuple[int, int] = (-1, -2)) -> Array:
+def _product(a: Array, b: Array, axes: tuple[int, int] = (-1, -2), precision: str | None = None) -> Array:
     """Of matrices, over an axis of a and one of b, for each index before the last two."""
     contracting = (a.ndim + axes[0],), (b.ndim + axes[1],)
     batch = tuple(range(a.ndim - 2))
-    return jax.lax.dot_general(a, b, (contracting, (batch, batch)))
+    return jax.lax.dot_general(a, b, (contracting, (batch, batch)), precision=precision)
 
 
 def _sum(array: Array, axis: int) -> Array:
@@ -220,32 +224,47 @@ def _sum(array: Array, axis: int) -> Array:
     return jnp.tensordot(array, jnp.ones(array.shape[axis], array.dtype), (axis, 0), precision="highest")
 
 
-def _by_windows(x: Array, dt: Array, log_decay: Array, B: Array, C: Array, chunk_size: int, window: int) -> _Tokens:
-    """All windows, stacked in front; padding has dt = log_decay = 0 and so changes nothing."""
-    (b, t, h, p), g, wide = x.shape, B.shape[2], at_least_fp32(x.dtype)
-    cut = partial(_windows, chunk_size=chunk_size, window=window)
-    coarse, fine = split(log_decay.reshape(b, t, g, h // g))
-    return _Tokens(
-        cut(x.astype(wide).reshape(b, t, g, h // g, p)),
-        cut(dt.astype(wide).reshape(b, t, g, h // g)),
-        jnp.cumsum(cut(coarse), axis=4),
-        jnp.cumsum(cut(fine), axis=4),
-        cut(B.astype(wide)),
-        cut(C.astype(wide)),
-    )
+def _sums(
+    which: Bool[Array, "l s"], array: Float[Array, "*rest s r"], swapped: bool = False
+) -> Float[Array, "*rest _ _"]:
+    """For every l the sum over those s, [l, r]; `swapped` gives [r, l].
+
+    Products, as for `_sum`; and on CPU XLA does not vectorise what it fuses a slice of a loop's input into.
+    """
+    ones = jnp.broadcast_to(which.astype(array.dtype), (*array.shape[:-2], *which.shape))
+    return _product(array, ones, (-2, -1), "highest") if swapped else _product(ones, array, precision="highest")
 
 
-def _windows(array: Float[Array, "b t g *rest"], chunk_size: int, window: int) -> Float[Array, "w b c g s *rest"]:
-    """Filled up with zeros."""
-    b, t, *rest = array.shape
-    padded = jnp.pad(array, [(0, 0), (0, -t % (chunk_size * window))] + [(0, 0)] * len(rest))
-    chunks = padded.reshape(b, -1, window, chunk_size, *rest)
-    return jnp.moveaxis(chunks, (1, 4), (0, 3))
+def _filled(arrays: Sequence[Float[Array, "b t ..."]], size: int) -> list[Float[Array, "b u ..."]]:
+    """With zeros, up to whole windows of that size: tokens with dt = log_decay = 0 change nothing."""
+    return [jnp.pad(a, [(0, 0), (0, -a.shape[1] % size)] + [(0, 0)] * (a.ndim - 2)) for a in arrays]
 
 
-def _by_time(array: Float[Array, "w b c g s *rest"], length: int) -> Float[Array, "b t g *rest"]:
-    _, b, _, g, _, *rest = array.shape
-    return jnp.moveaxis(array, (0, 3), (1, 4)).reshape(b, -1, g, *rest)[:, :length]
+def _tokens(arrays: Sequence[Float[Array, "b t ..."]], i: Array, chunk_size: int, window: int) -> _Tokens:
+    """Window i of x, dt, log_decay, B and C."""
+    g = arrays[-1].shape[2]
+    *of_heads, B, C = (_take(array, i, g, chunk_size, window) for array in arrays)
+    x, dt, log_decay = of_heads
+    return _Tokens(x, dt, *split(log_decay), B[..., 0, :], C[..., 0, :])
+
+
+def _take(
+    array: Float[Array, "b t a *rest"], i: Array, g: int, chunk_size: int, window: int
+) -> Float[Array, "b c g s r *rest"]:
+    """Window i, with what differs from head to head by groups, at least float32.
+
+    Cut where it is used: of inputs stacked by windows, and of results, XLA would make copies.
+    """
+    b, _, a, *rest = array.shape
+    cut = jax.lax.dynamic_slice_in_dim(array, i * chunk_size * window, chunk_size * window, axis=1)
+    return cut.reshape(b, window, chunk_size, g, a // g, *rest).swapaxes(2, 3).astype(at_least_fp32(array.dtype))
+
+
+def _put(array: Float[Array, "b t *rest"], values: Float[Array, "b c g s ..."], i: Array) -> Float[Array, "b t *rest"]:
+    """With these values as window i, in the dtype of the array."""
+    b, window, _, chunk_size, *_ = values.shape
+    cut = values.swapaxes(2, 3).astype(array.dtype).reshape(b, window * chunk_size, *array.shape[2:])
+    return jax.lax.dynamic_update_slice_in_dim(array, cut, i * chunk_size * window, axis=1)
 
 
 def _state_by_groups(state: Float[Array, "b h p n"], g: int) -> Float[Array, "b g n e"]:
