@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ import jax
 import jax.numpy as jnp
 from jax._src import xla_bridge
 from jax.experimental import topologies
+from ssd_tpu_traffic import gradient, logical_bytes
 
 from zamba2_jax import Zamba2Config
 from zamba2_jax.ops import causal_attention, ssd, ssd_step
@@ -87,12 +88,16 @@ REGISTERS, WARP, LONGEST = 65536, 32, 64  # of a multiprocessor; threads of a wa
 ATTENTION_TOKENS, DECODE_ROWS = 8192, 8
 
 
-def sharding_on(gpu: str) -> jax.sharding.Sharding:
-    """Of arrays on one such GPU."""
+def find_plugin() -> None:
+    """Makes JAX know of CUDA."""
     xla_bridge.backends()  # registers the plugin
     # JAX asks which GPU backend is there to tell "cuda" from "rocm"; none is.
     known = xla_bridge.canonicalize_platform
     xla_bridge.canonicalize_platform = lambda name: "cuda" if name in ("gpu", "cuda") else known(name)
+
+
+def sharding_on(gpu: str) -> jax.sharding.Sharding:
+    """Of arrays on one such GPU."""
     target = TARGET.format(**GPUS[gpu])
     topology = topologies.get_topology_desc("", "cuda", topology="1x1x1", target_config=target)
     return jax.NamedSharding(topologies.make_mesh(topology, (1,), ("one",)), jax.P())
@@ -112,11 +117,7 @@ def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def logical_bytes(tree: Any) -> int:
-    """Bytes of all arrays of `tree`."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
+@cache
 def ptxas() -> str:
     """NVIDIA's assembler, as the `gpu` extra brings it along."""
     spec = importlib.util.find_spec("nvidia")
@@ -163,16 +164,11 @@ def scan_case(gpu: str, sharding: Any, model: str, dtype: str, tokens: int) -> d
         for implementation in ("pallas_gpu", "xla"):
             scan = partial(ssd, implementation=implementation)
             forward = compiled(scan, inputs, sharding, xla_dump_to=folder)
-            gradient = compiled(partial(cotangents, scan), (inputs, results), sharding, xla_dump_to=folder)
-            texts = {"forward": forward.as_text(), "gradient": gradient.as_text()}
+            back = compiled(gradient(scan), (inputs, results), sharding, xla_dump_to=folder)
+            texts = {"forward": forward.as_text(), "gradient": back.as_text()}
             row[implementation] = {key: round(traffic(text).memory / floors[key], 2) for key, text in texts.items()}
         row["kernels"] = demands(folder, GPUS[gpu]["arch"])
     return row
-
-
-def cotangents(function: Callable[..., Any], arguments: Any, of_results: Any) -> Any:
-    """Of all arguments."""
-    return jax.vjp(function, *arguments)[1](of_results)
 
 
 def decode_case(gpu: str, sharding: Any, model: str) -> dict[str, Any]:
@@ -200,7 +196,7 @@ def attention_case(gpu: str, sharding: Any, model: str) -> dict[str, Any]:
 
     programs = (
         compiled(attend, (q, q, q), sharding),
-        compiled(partial(cotangents, attend), ((q, q, q), q), sharding),
+        compiled(gradient(attend), ((q, q, q), q), sharding),
     )
     forward, back = (round(program.memory_analysis().temp_size_in_bytes / 1e6) for program in programs)
     return {"gpu": gpu, "model": model, "head_dim": shape[-1], "forward_MB": forward, "gradient_MB": back}
@@ -214,6 +210,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=4096)
     options = parser.parse_args()
     ptxas()
+    find_plugin()
     results: dict[str, list[Any]] = {"scan": [], "decode": [], "attention": []}
     failed = False
     for gpu in options.gpus:

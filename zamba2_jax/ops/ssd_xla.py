@@ -5,7 +5,7 @@ the state, and what the state at its start gives to them. Chunks are walked a wi
 computed on the way stays in the cache and takes no more memory than a window; those of a window are joined by an
 associative scan.
 
-Letters as in `typing`, w for windows and e for all channels of a group, r * p. A state is held as [b, g, n, e]: its
+Letters as in `typing`, and e for all channels of a group, r * p. A state is held as [b, g, n, e]: its
 products with B and with C are single ones for all heads of a group. Products are spelt so that each operand lies in
 memory as it is used, but for swaps of whole rows p: XLA would rather transpose while it computes.
 """
@@ -125,18 +125,18 @@ def _backward(chunk_size, window, residuals, cotangents):
     d_end = _state_by_groups(cotangents[1].astype(wide), g)
 
     def step(carry: tuple[Array, Array, list[Array]], inputs: tuple[Array, Array]) -> tuple[tuple, None]:
-        (d_end, d_D, sums), (i, state) = carry, inputs
+        (d_end, d_D, gradients), (i, state) = carry, inputs
         tokens, d_y_now = _tokens(arrays, i, chunk_size, window), _take(d_y, i, g, chunk_size, window)
         d_start, (d_x, *others) = _window_backward(tokens, _window(tokens, state), d_y_now, d_end)
         if D_of_head is not None:
             d_x += D_of_head * d_y_now
             d_D += jnp.sum(_sum(d_y_now * tokens.x, -1), axis=(0, 1, 3))
-        return (d_start, d_D, [_put(a, d, i) for a, d in zip(sums, (d_x, *others), strict=True)]), None
+        return (d_start, d_D, [_put(a, d, i) for a, d in zip(gradients, (d_x, *others), strict=True)]), None
 
     first = d_end, jnp.zeros((g, h // g), wide), [jnp.zeros_like(a) for a in arrays]
-    (d_start, d_D, outputs), _ = jax.lax.scan(step, first, (jnp.arange(len(states)), states), reverse=True)
+    (d_start, d_D, gradients), _ = jax.lax.scan(step, first, (jnp.arange(len(states)), states), reverse=True)
     return (
-        *(d[:, :t] for d in outputs),
+        *(d[:, :t] for d in gradients),
         None if D is None else d_D.reshape(h).astype(D.dtype),
         None if initial_state is None else _state_by_heads(d_start, p).astype(initial_state.dtype),
     )
@@ -243,8 +243,7 @@ def _filled(arrays: Sequence[Float[Array, "b t ..."]], size: int) -> list[Float[
 def _tokens(arrays: Sequence[Float[Array, "b t ..."]], i: Array, chunk_size: int, window: int) -> _Tokens:
     """Window i of x, dt, log_decay, B and C."""
     g = arrays[-1].shape[2]
-    *of_heads, B, C = (_take(array, i, g, chunk_size, window) for array in arrays)
-    x, dt, log_decay = of_heads
+    x, dt, log_decay, B, C = (_take(array, i, g, chunk_size, window) for array in arrays)
     return _Tokens(x, dt, *split(log_decay), B[..., 0, :], C[..., 0, :])
 
 
