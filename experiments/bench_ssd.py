@@ -187,12 +187,14 @@ def as_mamba_ssm(x: Any, dt: Any, A: Any, B: Any, C: Any, D: Any, size: int = 25
 
 
 def length() -> list[Row]:
-    """Cost per token as rows grow."""
-    rows = []
-    for tokens in (2048, 4096, 8192, 16384):
-        calls = of_jax(lambda **arrays: ssd(**arrays)[0], arguments(1, tokens, 64, 64, 64, 1))
-        times = milliseconds({"forward": calls[0], "forward and backward": calls[1]}, rounds=5)
-        rows.append({"tokens": tokens} | {f"{name}, us per token": 1e3 * ms / tokens for name, ms in times.items()})
+    """Cost per token as rows grow; the lengths take turns."""
+    lengths = (2048, 4096, 8192, 16384)
+    calls = {t: of_jax(lambda **arrays: ssd(**arrays)[0], arguments(1, t, 64, 64, 64, 1)) for t in lengths}
+    rows: list[Row] = [{"tokens": t} for t in lengths]
+    for i, what in enumerate(("forward", "forward and backward")):
+        times = milliseconds({str(t): pair[i] for t, pair in calls.items()}, rounds=9)
+        for row in rows:
+            row[f"{what}, us per token"] = 1e3 * times[str(row["tokens"])] / row["tokens"]
     return rows
 
 

@@ -1,6 +1,7 @@
 """What parity is checked on: architectures, token batches and random weights."""
 
 import dataclasses
+import math
 import zlib
 from typing import Any, NamedTuple
 
@@ -64,14 +65,14 @@ def random_tensor(tensor: Tensor, seed: int) -> Float[np.ndarray, "..."]:
 
     At no place is a value neutral, as fresh parameters often are: scales differ from 1 and biases from 0.
     """
-    rng = np.random.Generator(np.random.SFC64([seed, zlib.crc32(tensor.name.encode())]))
-    # 16 bits each: the 7B model is made twice over when it is streamed, and longer numbers take four times as long.
-    values = rng.integers(-(2**15), 2**15, tensor.shape, np.int16) * np.float32(2**-16)
+    # 16 raw bits each: the 7B model is made twice over when it is streamed, and floats take ten times as long.
+    size, source = math.prod(tensor.shape), np.random.SFC64([seed, zlib.crc32(tensor.name.encode())])
+    bits = source.random_raw(-(-size // 4)).view(np.int16)[:size].reshape(tensor.shape)
+    # Deviation 1/2 / sqrt(fan-in): larger ones make a model so chaotic that its rounding errors are a lottery.
+    width = 0.5 * (12 / tensor.shape[-1]) ** 0.5 if len(tensor.shape) > 1 else 1.0
+    values = bits * np.float32(width * 2**-16)
     kind = tensor.name.rsplit(".", 1)[-1]
-    if len(tensor.shape) > 1:
-        # Deviation 1/2 / sqrt(fan-in): larger ones make a model so chaotic that its rounding errors are a lottery.
-        values *= np.float32(0.5 * (12 / tensor.shape[-1]) ** 0.5)
-    elif kind == "A_log":
+    if kind == "A_log":
         values += np.log(1 + np.arange(len(values), dtype=np.float32))
     elif kind == "dt_bias":
         values = values * 6 - 4  # softplus of it from 0.0009 to 0.3

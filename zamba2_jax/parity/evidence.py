@@ -15,7 +15,7 @@ GROUPS = ("embed", "layer", "conv_state", "ssm_state", "logits", "loss", "gradie
 Items = Mapping[str, np.ndarray]
 """Some named arrays."""
 
-TILE = 2**15
+TILE = 2**18
 """Values compared at a time: few enough for the cache. They are tiles because one side may be transposed in memory."""
 THREADS = 2
 """That compare at once: more would wait for memory."""
@@ -81,13 +81,17 @@ def compare(name: str, group: str, ours: np.ndarray, torch: np.ndarray, oracle: 
     height = min(rows, 2**8)
     width = TILE // height
 
+    def square(x: np.ndarray) -> float:
+        return float(np.einsum("i,i", x, x))  # not np.dot, it has threads itself
+
     def tile(corner: tuple[int, int]) -> np.ndarray:
-        """The largest difference, then the squares of both differences and sizes."""
+        """The largest difference, then the squares of the differences and of the sizes."""
         part = slice(corner[0], corner[0] + height), slice(corner[1], corner[1] + width)
         a, b, c = (x[part].astype(np.float64, order="C").ravel() for x in matrices)
-        between = a - b
-        squares = [np.einsum("i,i", x, x) for x in (between, a - c, b - c, b, c)]  # not np.dot, it has threads itself
-        return np.array([np.abs(between).max(), *squares])
+        sizes, between = [square(b), square(c)], a - b
+        a -= c
+        b -= c
+        return np.array([max(between.max(), -between.min()), square(between), square(a), square(b), *sizes])
 
     with ThreadPoolExecutor(THREADS) as threads:
         tiles = np.array(list(threads.map(tile, product(range(0, rows, height), range(0, columns, width)))))

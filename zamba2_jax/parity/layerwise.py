@@ -1,7 +1,7 @@
 """The model one layer at a time, forward and backward, in any precision: the float64 oracle, and models of any size."""
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import NamedTuple
 
 import jax
@@ -38,6 +38,10 @@ class Precision(NamedTuple):
 
 
 ORACLE = Precision("float64", "sequential")
+
+IN_LITTLE_MEMORY: dict[str, str | bool] = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+"""Has XLA order operations by the memory they hold. On CPU it orders them by when they can start, and would hold all
+matrices of a layer in float64 at once: 3.5 GB in a hybrid layer of 7B, in place of 0.5."""
 
 
 class Parts(NamedTuple):
@@ -99,10 +103,14 @@ def evidence(
         batch: the tokens.
         precision: to compute in.
         gradients: whether to go backward at all.
-        sum_calls: whether the gradient of a shared block is summed over its calls, and given at the end; else each
-            call's share is given by itself, as "gradient.calls.i.block", and memory holds one of them at a time, in
-            float32.
+        sum_calls: whether the gradient of what is used more than once is summed, and given at the end; else it is given
+            use by use, and memory holds one at a time, in float32: a shared block's as "gradient.calls.i.block", that
+            of tied embeddings as "gradient.embed" for the input and "gradient.head" for the output.
     """
+    compiled = partial(jax.jit, compiler_options=compiler_options())
+    forward = compiled(_forward, static_argnames="precision")
+    backward = compiled(_backward, static_argnames=("precision", "kept"))
+    head = compiled(_head, static_argnames=("eps", "precision"))
     real = batch.real[..., None]
     segment_ids = None if batch.segment_ids is None else jnp.asarray(batch.segment_ids)
     tokens = jnp.asarray(batch.tokens)
@@ -111,13 +119,13 @@ def evidence(
     inputs = []
     for row in config.layer_plan:
         inputs.append(h)
-        h, state = _forward(parts(row), h, embedded, segment_ids, precision)
+        h, state = forward(parts(row), h, embedded, segment_ids, precision)
         at = f"layers.{row.layer}"
         conv_state = np.concatenate([state.conv_x, state.conv_bc], axis=-1).swapaxes(1, 2)  # as PyTorch keeps it
         states = {f"{at}.conv_state": conv_state, f"{at}.ssm_state": np.asarray(state.ssm)}
         yield {f"{at}.output": np.asarray(h) * real} | states
 
-    loss, logits, (cotangent, d_norm, d_matrix) = _head(config.rms_norm_eps, ends, h, tokens, segment_ids, precision)
+    loss, logits, (cotangent, d_norm, d_matrix) = head(config.rms_norm_eps, ends, h, tokens, segment_ids, precision)
     yield {"logits": np.asarray(logits) * real}
     if tokens.shape[1] == 1:
         return
@@ -125,14 +133,15 @@ def evidence(
     if not gradients:
         return
     yield {"gradient.norm": np.asarray(d_norm)}
-    if ends.head is not None:
+    if ends.head is not None or not sum_calls:
         yield {"gradient.head": np.asarray(d_matrix)}
+        d_matrix = None
 
     kept = precision.dtype if sum_calls else "float32"
     d_embedded = jnp.zeros_like(embedded)
     d_shared: dict[int, SharedBlock] = {}
     for row, h in zip(reversed(config.layer_plan), reversed(inputs), strict=True):
-        d_parts, cotangent, d_e = _backward(parts(row), h, embedded, segment_ids, cotangent, precision, kept)
+        d_parts, cotangent, d_e = backward(parts(row), h, embedded, segment_ids, cotangent, precision, kept)
         yield _gradients(f"layers.{row.layer}", d_parts.layer)
         if row.hybrid is None:
             continue
@@ -147,10 +156,9 @@ def evidence(
     for b, d_block in d_shared.items():
         yield _gradients(f"shared.{b}", d_block)
     d_embed = jnp.zeros(ends.embed.shape, embedded.dtype).at[tokens].add(d_embedded + cotangent)
-    yield {"gradient.embed": np.asarray(d_embed if ends.head is not None else d_embed + d_matrix.T)}
+    yield {"gradient.embed": np.asarray(d_embed if d_matrix is None else d_embed + d_matrix.T)}
 
 
-@partial(jax.jit, static_argnames="precision")
 def _forward(parts: Parts, h: Array, embedded: Array, segment_ids: Array | None, precision: Precision):
     """The layer's output, and its state after the last token."""
     layer, block, call = cast_matrices(parts, precision.dtype)
@@ -162,7 +170,6 @@ def _forward(parts: Parts, h: Array, embedded: Array, segment_ids: Array | None,
     return layer(h, given, None, segment_ids, implementation=precision.implementation)
 
 
-@partial(jax.jit, static_argnames=("precision", "kept"))
 def _backward(
     parts: Parts,
     h: Array,
@@ -182,7 +189,6 @@ def _backward(
     return optax.tree.cast(d_parts, kept), d_h, d_e
 
 
-@partial(jax.jit, static_argnames=("eps", "precision"))
 def _head(eps: float, ends: Ends, h: Array, tokens: Array, segment_ids: Array | None, precision: Precision):
     """The loss, the logits, and the loss's gradients in h, the final norm and the output matrix."""
 
@@ -199,6 +205,18 @@ def _head(eps: float, ends: Ends, h: Array, tokens: Array, segment_ids: Array | 
     norm, matrix = cast_matrices((ends.norm, matrix), precision.dtype)
     (loss, logits), gradients = jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True)(h, norm, matrix)
     return loss, logits, gradients
+
+
+@cache
+def compiler_options() -> dict[str, str | bool]:
+    """`IN_LITTLE_MEMORY` on CPU, where this version of XLA knows it; else none."""
+    if jax.default_backend() != "cpu":
+        return {}
+    try:
+        jax.jit(lambda: 0, compiler_options=IN_LITTLE_MEMORY)()
+    except jax.errors.JaxRuntimeError:
+        return {}
+    return IN_LITTLE_MEMORY
 
 
 def _gradients(prefix: str, module: MambaLayer | SharedBlock | SharedCall) -> Items:

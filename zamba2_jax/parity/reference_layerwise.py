@@ -71,8 +71,8 @@ def evidence(
     if not gradients:
         return
     yield {"gradient.norm": numpy(d_norm)}
-    if not config.tie_embeddings:
-        yield {"gradient.head": numpy(d_matrix).T}
+    yield {"gradient.head": numpy(d_matrix).T}
+    del leaves, d_matrix  # the largest tensors
 
     d_embedded = torch.zeros_like(embedded)
     for row, h in zip(reversed(config.layer_plan), reversed(inputs), strict=True):
@@ -85,7 +85,7 @@ def evidence(
         if row.hybrid is not None:
             d_embedded += e.grad
     d_embed = torch.zeros_like(embed).index_put_((tokens,), d_embedded + cotangent, accumulate=True)
-    yield {"gradient.embed": numpy(d_embed if not config.tie_embeddings else d_embed + d_matrix)}
+    yield {"gradient.embed": numpy(d_embed)}
 
 
 def _module(
