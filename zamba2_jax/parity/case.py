@@ -65,7 +65,7 @@ def random_tensor(tensor: Tensor, seed: int) -> Float[np.ndarray, "..."]:
 
     At no place is a value neutral, as fresh parameters often are: scales differ from 1 and biases from 0.
     """
-    # 16 raw bits each: the 7B model is made twice over when it is streamed, and floats take ten times as long.
+    # 16 raw bits each: the 7B model is made twice over when it is streamed.
     size, source = math.prod(tensor.shape), np.random.SFC64([seed, zlib.crc32(tensor.name.encode())])
     bits = source.random_raw(-(-size // 4)).view(np.int16)[:size].reshape(tensor.shape)
     # Deviation 1/2 / sqrt(fan-in): larger ones make a model so chaotic that its rounding errors are a lottery.
