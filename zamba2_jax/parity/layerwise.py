@@ -82,6 +82,18 @@ def with_settings(items: Iterator[Items], precision: Precision) -> Iterator[Item
         del step  # or it would be held while the next one is computed
 
 
+@cache
+def compiler_options() -> dict[str, str | bool]:
+    """`IN_LITTLE_MEMORY` on CPU, where this version of XLA knows it; else none."""
+    if jax.default_backend() != "cpu":
+        return {}
+    try:
+        jax.jit(lambda: 0, compiler_options=IN_LITTLE_MEMORY)()
+    except jax.errors.JaxRuntimeError:
+        return {}
+    return IN_LITTLE_MEMORY
+
+
 def evidence(
     config: Zamba2Config,
     ends: Ends,
@@ -104,8 +116,8 @@ def evidence(
         precision: to compute in.
         gradients: whether to go backward at all.
         sum_calls: whether the gradient of what is used more than once is summed, and given at the end; else it is given
-            use by use, and memory holds one at a time, in float32: a shared block's as "gradient.calls.i.block", that
-            of tied embeddings as "gradient.embed" for the input and "gradient.head" for the output.
+            use by use, and memory holds one at a time: a shared block's as "gradient.calls.i.block", in float32 as all
+            of a layer's, that of tied embeddings as "gradient.embed" for the input and "gradient.head" for the output.
     """
     compiled = partial(jax.jit, compiler_options=compiler_options())
     forward = compiled(_forward, static_argnames="precision")
@@ -205,18 +217,6 @@ def _head(eps: float, ends: Ends, h: Array, tokens: Array, segment_ids: Array | 
     norm, matrix = cast_matrices((ends.norm, matrix), precision.dtype)
     (loss, logits), gradients = jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True)(h, norm, matrix)
     return loss, logits, gradients
-
-
-@cache
-def compiler_options() -> dict[str, str | bool]:
-    """`IN_LITTLE_MEMORY` on CPU, where this version of XLA knows it; else none."""
-    if jax.default_backend() != "cpu":
-        return {}
-    try:
-        jax.jit(lambda: 0, compiler_options=IN_LITTLE_MEMORY)()
-    except jax.errors.JaxRuntimeError:
-        return {}
-    return IN_LITTLE_MEMORY
 
 
 def _gradients(prefix: str, module: MambaLayer | SharedBlock | SharedCall) -> Items:
