@@ -1,37 +1,42 @@
 """How long do a full pass and a gradient of a whole model take on this machine?
 
-    python experiments/bench_model.py
+    python experiments/bench_model.py [--models zamba2-7b ...]
 
-Two models: the layers of zamba2-1.2b, 6 of them with one call of the shared block, at one row of 1024 tokens; and
-zamba2-nano, which the demo trains, at 8 rows of 256. Medians of 5 calls, float32, random weights. To compare two
-versions of the package, run it with each on PYTHONPATH, in turns.
+Medians of 5 calls, random weights. On a CPU, in float32: zamba2-nano, which the demo trains, at 8 rows of 256 tokens,
+and of each model named 6 layers with one call of a shared block, at one row of 1024. To compare two versions of the
+package, run it with each on PYTHONPATH, in turns. On a GPU, in bfloat16: the same 6 layers at 4 rows of 4096 tokens,
+packed documents of 1000 or one document each, with the kernels that are the default there and in plain XLA.
 """
 
+import argparse
+import contextlib
 import dataclasses
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
+from unittest import mock
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if not os.path.exists("/dev/nvidiactl"):
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from zamba2_jax import Zamba2, Zamba2Config, next_token_loss
 
-MODELS = {
-    "6 layers of zamba2-1.2b, 1 x 1024": (
-        dataclasses.replace(Zamba2Config.preset("zamba2-1.2b"), num_layers=6, hybrid_layer_ids=(5,)),
-        (1, 1024),
-    ),
-    "zamba2-nano, 8 x 256": (Zamba2Config.preset("zamba2-nano"), (8, 256)),
-}
+
+def layers(preset: str) -> Zamba2Config:
+    """The model of a preset, cut to 6 layers and one call of a shared block."""
+    return dataclasses.replace(Zamba2Config.preset(preset), num_layers=6, hybrid_layer_ids=(5,), num_shared_blocks=1)
 
 
 def seconds(call: Callable[[], Any]) -> float:
-    """Median of 5 calls after one to compile."""
+    """Median of 5 calls after one to warm up."""
     times = []
     for _ in range(6):
         start = time.perf_counter()
@@ -40,15 +45,54 @@ def seconds(call: Callable[[], Any]) -> float:
     return statistics.median(times[1:])
 
 
+@contextlib.contextmanager
+def plain_xla() -> Iterator[None]:
+    """What is traced inside takes no kernels."""
+    modules = ("zamba2_jax.ops.ssd", "zamba2_jax.ops.attention")
+    scan, attention = (mock.patch(f"{module}.kernels", return_value=None) for module in modules)
+    with scan, attention:
+        yield
+
+
+def measure(config: Zamba2Config, shape: tuple[int, int], dtype: str, cases: dict[str, tuple[int | None, Any]]) -> None:
+    """Prints a line for each case: tokens per document, or None for a row, and a context to trace in."""
+    model = jax.jit(lambda: Zamba2(config, rngs=nnx.Rngs(0), dtype=dtype))()
+    tokens = jax.random.randint(jax.random.key(0), shape, 0, config.vocab_size)
+    programs = {}
+    for name, (document, context) in cases.items():
+        ids = None if document is None else jnp.broadcast_to(1 + jnp.arange(shape[1]) // document, shape)
+        passes = (
+            lambda model, tokens, ids: model(tokens, ids),
+            jax.value_and_grad(lambda model, tokens, ids: next_token_loss(model, tokens, ids)[0]),
+        )
+        with context:
+            programs[name] = ids, [jax.jit(function).lower(model, tokens, ids) for function in passes]
+    with ThreadPoolExecutor() as pool:
+        compiling = {name: [pool.submit(p.compile) for p in lowered] for name, (_, lowered) in programs.items()}
+    for name, (ids, _) in programs.items():
+        forward, gradient = (seconds(partial(p.result(), model, tokens, ids)) for p in compiling[name])
+        print(f"{name}: forward {1e3 * forward:.1f} ms, loss and gradient {1e3 * gradient:.1f} ms", flush=True)
+
+
 def main() -> None:
-    """Prints a line per model."""
-    forward = jax.jit(lambda model, tokens: model(tokens))
-    gradient = jax.jit(jax.value_and_grad(lambda model, tokens: next_token_loss(model, tokens)[0]))
-    for name, (config, shape) in MODELS.items():
-        model = Zamba2(config, rngs=nnx.Rngs(0))
-        tokens = jax.random.randint(jax.random.key(0), shape, 0, config.vocab_size)
-        passes = seconds(lambda: forward(model, tokens)), seconds(lambda: gradient(model, tokens))  # noqa: B023
-        print(f"{name}: forward {1e3 * passes[0]:.0f} ms, loss and gradient {1e3 * passes[1]:.0f} ms", flush=True)
+    """Prints a line per model, or several."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--models", nargs="+")
+    models = parser.parse_args().models
+    if jax.default_backend() == "cpu":
+        nothing = contextlib.nullcontext()
+        for preset in models or ["zamba2-1.2b"]:
+            name = f"6 layers of {preset}, 1 x 1024"
+            measure(layers(preset), (1, 1024), "float32", {name: (None, nothing)})
+        nano = Zamba2Config.preset("zamba2-nano")
+        measure(nano, (8, 256), "float32", {"zamba2-nano, 8 x 256": (None, nothing)})
+        return
+    sides = {"kernels": contextlib.nullcontext, "plain XLA": plain_xla}
+    documents = {"documents of 1000": 1000, "one document": None}
+    for preset in models or ["zamba2-7b", "zamba2-1.2b"]:
+        names = f"6 layers of {preset}, 4 x 4096, {{}}, {{}}"
+        cases = {names.format(d, s): (documents[d], sides[s]()) for d in documents for s in sides}
+        measure(layers(preset), (4, 4096), "bfloat16", cases)
 
 
 if __name__ == "__main__":

@@ -106,7 +106,8 @@ def sharding_on(gpu: str) -> jax.sharding.Sharding:
 def compiled(function: Callable[..., Any], arguments: Any, sharding: Any, **options: Any) -> Any:
     """The program for a GPU, of arguments of these shapes and dtypes."""
     arguments = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments)
-    device = jax.sharding.AbstractDevice(device_kind="NVIDIA GPU", num_cores=None, platform="gpu")
+    kind = sharding.mesh.devices.flat[0].device_kind
+    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=None, platform="gpu")
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
         lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
     return lowered.compile(compiler_options=options)

@@ -1,10 +1,13 @@
 """Are the GPU kernels of the scan right on a GPU, and how fast are they next to XLA's and mamba_ssm's?
 
 On a machine with an NVIDIA GPU. First compares results and gradients with the recurrence in float32, at the shapes of
-the released models; then times all of them, in turns, forward and with the gradient, and writes a JSON file beside
-this one. Where `mamba_ssm` can be imported (with torch and triton) it is timed too.
+the released models; then times the scan in bfloat16, forward and with the gradient, and writes a JSON file beside this
+one. Where `mamba_ssm` can be imported (with torch and triton) it is timed too, at its own chunk size of 256.
 
-    python experiments/ssd_gpu.py [--models zamba2-7b ...] [--tokens 2048 ...] [--rows 1 ...]
+    python experiments/ssd_gpu.py [--models zamba2-7b ...] [--shapes 4x4096 ...] [--tunings]
+
+Two times of a call: what its kernels take on the device, by CUPTI, and what passes on the clock, of five calls one
+after the other. The second has the host's part in it, which is no one's inside of a larger compiled program.
 """
 
 import argparse
@@ -13,11 +16,13 @@ import json
 import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory beside JAX
 
@@ -32,44 +37,53 @@ from zamba2_jax.ops.ssd_pallas_gpu import Tuning, ssd_pallas_gpu
 from zamba2_jax.train.files import write_atomically
 
 OUTPUT = Path(__file__).with_suffix(".json")
-ROUNDS, CALLS = 11, 10
+ROUNDS, CALLS = 3, 5
 NAMES = ("x", "dt", "A", "B", "C", "D")
 LIMITS = {"float32": 1e-5, "bfloat16": 2e-2}
-
 TUNINGS = {
-    f"pallas chunk={chunk} warps={warps},{back} stages={stages}": Tuning(chunk, warps, back, stages)
-    for chunk, warps, back, stages in [
-        (64, 4, 8, 2),
-        (64, 4, 4, 2),
-        (64, 4, 4, 3),
-        (64, 8, 8, 2),
-        (128, 8, 8, 2),
-        (128, 8, 16, 1),
-    ]
+    f"pallas {', '.join(f'{name}={value}' for name, value in options.items())}": Tuning(**options)
+    for options in (
+        {"num_stages": 2},
+        {"num_stages": 3},
+        {"num_warps": 8},
+        {"chunk": 128, "num_warps": 8, "num_stages": 2},
+        {"multiprocessors": 66, "num_stages": 2},
+        {"multiprocessors": 264, "num_stages": 2},
+    )
 }
-Contender = tuple[Callable[[], Any], Callable[[], Any]]  # one call forward, and one with the gradient
+Call = Callable[[], Any]
+Scan = Callable[..., tuple[jax.Array, jax.Array]]
+
+
+class Times(NamedTuple):
+    """Milliseconds of a call, forward and with the gradient: on the device, and on the clock."""
+
+    forward: float
+    with_gradient: float
+    forward_clock: float
+    with_gradient_clock: float
 
 
 def arguments(model: str, rows: int, tokens: int, dtype: str) -> dict[str, jax.Array]:
     """Inputs of the scan as in a model: dt of 0.001 to 0.1, A of -1 to -16."""
-    config, rng = Zamba2Config.preset(model), np.random.default_rng(0)
+    config, keys = Zamba2Config.preset(model), iter(jax.random.split(jax.random.key(0), 5))
     h, p, g, n = config.mamba_heads, config.mamba_head_dim, config.ngroups, config.d_state
     return {
-        "x": jnp.asarray(rng.standard_normal((rows, tokens, h, p), np.float32), dtype),
-        "dt": jnp.asarray(10 ** rng.uniform(-3, -1, (rows, tokens, h)), jnp.float32),
-        "A": -jnp.asarray(rng.uniform(1, 16, h), jnp.float32),
-        "B": jnp.asarray(rng.standard_normal((rows, tokens, g, n), np.float32), dtype),
-        "C": jnp.asarray(rng.standard_normal((rows, tokens, g, n), np.float32), dtype),
+        "x": jax.random.normal(next(keys), (rows, tokens, h, p), dtype),
+        "dt": 10 ** jax.random.uniform(next(keys), (rows, tokens, h), minval=-3.0, maxval=-1.0),
+        "A": -jax.random.uniform(next(keys), (h,), minval=1.0, maxval=16.0),
+        "B": jax.random.normal(next(keys), (rows, tokens, g, n), dtype),
+        "C": jax.random.normal(next(keys), (rows, tokens, g, n), dtype),
         "D": jnp.ones(h, jnp.float32),
     }
 
 
-def kernel(tuning: Tuning | None, x, dt, A, B, C, D) -> tuple[jax.Array, jax.Array]:
+def kernels(x, dt, A, B, C, D, *, tuning: Tuning | None = None) -> tuple[jax.Array, jax.Array]:
     """`ssd_pallas_gpu` with the arguments of `ssd`."""
     return ssd_pallas_gpu(x, dt, log_decays(dt, A), B, C, D, None, tuning=tuning)
 
 
-def with_gradient(scan: Callable[..., Any], *inputs: jax.Array) -> Any:
+def with_gradient(scan: Scan, *inputs: jax.Array) -> Any:
     """Results and gradients, by all inputs, of y and the state weighed by themselves, at no further cost."""
     outputs, pull = jax.vjp(scan, *inputs)
     return outputs, pull(outputs)
@@ -80,20 +94,20 @@ def check(model: str, dtype: str) -> dict[str, float]:
     inputs = arguments(model, 2, 1000, dtype).values()
     exact = [a.astype(jnp.float32) for a in inputs]
     expected = jax.jit(partial(with_gradient, partial(ssd, implementation="sequential")))(*exact)
-    got = jax.jit(partial(with_gradient, partial(kernel, None)))(*inputs)
+    got = jax.jit(partial(with_gradient, kernels))(*inputs)
     pairs = zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True)
     errors = [float(np.linalg.norm(np.float64(a) - np.float64(e)) / np.linalg.norm(np.float64(e))) for a, e in pairs]
     return dict(zip(("y", "state", *(f"d{name}" for name in NAMES)), errors, strict=True))
 
 
-def of_jax(scan: Callable[..., Any], inputs: dict[str, jax.Array]) -> Contender:
-    """Both calls, compiled."""
+def of_jax(scan: Scan, inputs: dict[str, jax.Array]) -> tuple[Call, Call]:
+    """One call forward, and one with the gradient, compiled."""
     forward, both = (jax.jit(f).lower(*inputs.values()).compile() for f in (scan, partial(with_gradient, scan)))
     return partial(forward, *inputs.values()), partial(both, *inputs.values())
 
 
-def of_mamba_ssm(inputs: dict[str, jax.Array]) -> Contender:
-    """Both calls of mamba_ssm's kernel, at its own chunk size."""
+def of_mamba_ssm(inputs: dict[str, jax.Array]) -> tuple[Call, Call]:
+    """The same of mamba_ssm's kernels."""
     import torch
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
@@ -120,38 +134,50 @@ def wait(results: Any) -> None:
     jax.block_until_ready([leaf for leaf in jax.tree.leaves(results) if isinstance(leaf, jax.Array)])
 
 
-def milliseconds(call: Callable[[], Any]) -> float:
-    """Of one call among several in a row."""
-    start = time.perf_counter()
-    for _ in range(CALLS):
-        results = call()
-    wait(results)
-    return (time.perf_counter() - start) / CALLS * 1e3
+def on_clock(call: Call) -> float:
+    """Milliseconds of one call among several in a row, the median of rounds."""
+    times = []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        for _ in range(CALLS):
+            results = call()
+        wait(results)
+        times.append((time.perf_counter() - start) / CALLS * 1e3)
+    return statistics.median(times)
 
 
-def medians(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
-    """Milliseconds of every call, all of them timed in turns after one call each to warm up."""
-    for call in calls.values():
-        wait(call())
-    rounds = [{name: milliseconds(call) for name, call in calls.items()} for _ in range(ROUNDS)]
-    return {name: statistics.median(times[name] for times in rounds) for name in calls}
+def on_device(call: Call) -> float:
+    """Milliseconds that the kernels of one call take, the mean of several."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(CALLS):
+                results = call()
+            wait(results)
+        [path] = Path(folder).rglob("*.xplane.pb")
+        planes = [plane for plane in jax.profiler.ProfileData.from_file(str(path)).planes if "GPU" in plane.name]
+        streams = [line for plane in planes for line in plane.lines if line.name.startswith("Stream")]
+        return sum(event.duration_ns for line in streams for event in line.events) / CALLS / 1e6
 
 
-def contenders(model: str, rows: int, tokens: int) -> dict[str, Contender]:
-    """By name, XLA first; without those that do not fit into memory."""
+def contenders(model: str, rows: int, tokens: int, *, tunings: bool) -> dict[str, tuple[Call, Call]]:
+    """By name; without those that do not fit into memory."""
     inputs, found = arguments(model, rows, tokens, "bfloat16"), {}
-    scans = {"xla": partial(ssd, implementation="xla")}
-    scans |= {name: partial(kernel, tuning) for name, tuning in TUNINGS.items()}
-    for name, scan in scans.items():
+    scans: dict[str, Scan] = {"pallas": kernels, "xla": partial(ssd, implementation="xla")}
+    if tunings:
+        scans |= {name: partial(kernels, tuning=tuning) for name, tuning in TUNINGS.items()}
+    with ThreadPoolExecutor() as pool:
+        compiling = {name: pool.submit(of_jax, scan, inputs) for name, scan in scans.items()}
+    for name, compiled in compiling.items():
         try:
-            found[name] = of_jax(scan, inputs)
-            for call in found[name]:
+            for call in compiled.result():
                 wait(call())
+            found[name] = compiled.result()
         except jax.errors.JaxRuntimeError as error:
-            found.pop(name, None)
-            print(f"    {name} left out: {str(error).splitlines()[0]}")
+            print(f"    {name} left out: {str(error).splitlines()[0][:120]}")
     if importlib.util.find_spec("mamba_ssm"):
         found["mamba_ssm"] = of_mamba_ssm(inputs)
+        for call in found["mamba_ssm"]:
+            wait(call())  # tunes itself
     return found
 
 
@@ -163,9 +189,9 @@ def write(results: dict[str, Any]) -> None:
 def main() -> None:
     """Prints the tables and writes the file; exits with 1 if a result is wrong."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=["zamba2-1.2b", "zamba2-2.7b", "zamba2-7b"])
-    parser.add_argument("--rows", nargs="+", type=int, default=[1, 2, 4, 8])
-    parser.add_argument("--tokens", nargs="+", type=int, default=[2048, 4096, 8192, 16384])
+    parser.add_argument("--models", nargs="+", default=["zamba2-7b", "zamba2-1.2b", "zamba2-2.7b"])
+    parser.add_argument("--shapes", nargs="+", default=["1x2048", "1x4096", "1x16384", "4x4096", "8x2048", "8x16384"])
+    parser.add_argument("--tunings", action="store_true", help="other sizes of the kernels too")
     options = parser.parse_args()
     try:
         device = jax.devices("cuda")[0]
@@ -183,19 +209,19 @@ def main() -> None:
     if wrong:
         sys.exit(f"errors above {LIMITS}: nothing timed")
 
+    print("ms on the device, forward and with the gradient, and over those of pallas; ms on the clock")
     for model in options.models:
-        for rows, tokens in ((rows, tokens) for rows in options.rows for tokens in options.tokens):
-            calls = contenders(model, rows, tokens)
-            forward, both = (medians({name: pair[i] for name, pair in calls.items()}) for i in (0, 1))
-            results["milliseconds"].append(
-                {"model": model, "rows": rows, "tokens": tokens, "forward": forward, "with_gradient": both}
-            )
+        for rows, tokens in (map(int, shape.split("x")) for shape in options.shapes):
+            calls = contenders(model, rows, tokens, tunings=options.tunings)
+            times = {name: Times(*map(on_device, pair), *map(on_clock, pair)) for name, pair in calls.items()}
+            rows_of_table = {name: value._asdict() for name, value in times.items()}
+            results["milliseconds"].append({"model": model, "rows": rows, "tokens": tokens, **rows_of_table})
             write(results)
-            print(f"{model} {rows} x {tokens}: ms forward, with gradient; times the first pallas row's")
-            first = next(iter(TUNINGS))
-            for name in calls:
-                ratios = [times[name] / times.get(first, float("nan")) for times in (forward, both)]
-                print(f"    {name:44}{forward[name]:9.3f}{both[name]:9.3f}{ratios[0]:8.2f}{ratios[1]:8.2f}", flush=True)
+            print(f"{model} {rows} x {tokens}")
+            for name, (forward, both, *clock) in times.items():
+                ratios = (a / b for a, b in zip((forward, both), times["pallas"], strict=False))
+                columns = *(f"{a:9.3f}" for a in (forward, both)), *(f"{a:7.2f}" for a in ratios)
+                print(f"    {name:40}", *columns, *(f"{a:9.3f}" for a in clock), flush=True)
 
 
 if __name__ == "__main__":

@@ -94,7 +94,7 @@ def pad_rows(rows, length, lead=None):
     return jnp.asarray(tokens), jnp.asarray(segment_ids)
 
 
-def for_a_gpu():
+def for_a_gpu(kind="NVIDIA H200"):
     """A context in which programs are lowered for a GPU that is not there."""
-    device = jax.sharding.AbstractDevice(device_kind="NVIDIA H200", num_cores=None, platform="gpu")
+    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=None, platform="gpu")
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import assert_close, assert_finite, normal
+from tests.helpers import assert_close, assert_finite, for_a_gpu, normal
 from tests.ops.segment_rows import ALL_ROWS, LENGTH, documents
 from zamba2_jax import ops
 from zamba2_jax.ops import attention, attention_splash, attention_xla
@@ -229,7 +229,6 @@ def test_splash_compiles_for_a_tpu(tpu_sharding, p, dtype):
         ("cudnn", (1, 8, 2, 16), jnp.float32, None, "q has dtype float32, cuDNN takes float16 and bfloat16"),
         ("cudnn", (1, 8, 2, 20), jnp.bfloat16, None, "the head dim is 20, cuDNN takes multiples of 8 up to 256"),
         ("cudnn", (1, 8, 2, 264), jnp.bfloat16, None, "the head dim is 264, cuDNN"),
-        ("cudnn", (1, 8, 2, 16), jnp.bfloat16, np.ones((1, 8), int), r"segment_ids of shape \(1, 8\): cuDNN"),
     ],
 )
 def test_what_an_implementation_does_not_do_is_refused(unchecked, implementation, shape, dtype, ids, message):
@@ -240,9 +239,45 @@ def test_what_an_implementation_does_not_do_is_refused(unchecked, implementation
 
 @pytest.mark.parametrize(
     ("backend", "devices", "expected"),
-    [("cpu", 1, "xla"), ("gpu", 1, "xla"), ("tpu", 1, "splash"), ("tpu", 4, "xla")],
+    [("cpu", 1, "xla"), ("tpu", 1, "splash"), ("tpu", 4, "xla")],
 )
 def test_default_implementation(monkeypatch, backend, devices, expected):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setattr(jax, "device_count", lambda: devices)
-    assert default_implementation() == expected
+    assert default_implementation(jnp.zeros((1, 8, 2, 16)), None) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "dtype", "documents", "expected"),
+    [
+        ("NVIDIA H200", (1, 2**15, 2, 224), jnp.bfloat16, False, "cudnn"),
+        ("NVIDIA H200", (1, 2**14, 2, 224), jnp.bfloat16, True, "cudnn"),
+        ("NVIDIA H200", (1, 2**15, 2, 224), jnp.bfloat16, True, "xla"),  # its mask would take 2 GB
+        ("NVIDIA H200", (1, 64, 2, 20), jnp.bfloat16, False, "xla"),
+        ("NVIDIA H200", (1, 64, 2, 224), jnp.float32, False, "xla"),
+        ("NVIDIA A100-SXM4-80GB", (1, 64, 2, 128), jnp.bfloat16, False, "xla"),
+    ],
+)
+def test_default_implementation_by_gpu(monkeypatch, kind, shape, dtype, documents, expected):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    q, ids = jnp.zeros(shape, dtype), jnp.zeros(shape[:2], jnp.int32)
+    with for_a_gpu(kind):
+        assert default_implementation(q, ids if documents else None) == expected
+
+
+def test_documents_reach_cudnn_as_a_mask(monkeypatch):
+    """There is no cuDNN here: the same call, computed by JAX in plain XLA, against our own."""
+    q, k, v = (normal(3, 70, heads, 16, dtype=jnp.bfloat16) for heads in (6, 2, 2))
+    ids = np.broadcast_to(np.arange(70) // 20, (3, 70)).copy()
+    ids[1, 30:35] = 0
+    ids = jnp.asarray(ids)
+    in_xla, seen = jax.nn.dot_product_attention, []
+
+    def instead(*arrays, implementation, **options):
+        seen.append(implementation)
+        return in_xla(*arrays, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", instead)
+    got, expected = (ops.causal_attention(q, k, v, 0.3, ids, implementation=name) for name in ("cudnn", "xla"))
+    assert seen == ["cudnn"]
+    assert_close(got.astype(jnp.float32), expected.astype(jnp.float32), 2**-7)

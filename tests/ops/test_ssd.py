@@ -266,13 +266,32 @@ def test_wrong_arguments_are_named(unchecked, changes, message):
 
 
 @pytest.mark.parametrize(
-    ("backend", "devices", "expected"),
-    [("cpu", 1, "xla"), ("gpu", 1, "xla"), ("tpu", 1, "pallas_tpu"), ("tpu", 8, "xla")],
+    ("backend", "devices", "dtype", "expected"),
+    [
+        ("cpu", 1, jnp.bfloat16, "xla"),
+        ("tpu", 1, jnp.float32, "pallas_tpu"),
+        ("tpu", 8, jnp.float32, "xla"),
+    ],
 )
-def test_default_implementation(monkeypatch, backend, devices, expected):
+def test_default_implementation(monkeypatch, backend, devices, dtype, expected):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setattr(jax, "device_count", lambda: devices)
-    assert default_implementation() == expected
+    assert default_implementation(dtype) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "expected"),
+    [
+        ("NVIDIA H200", jnp.bfloat16, "pallas_gpu"),
+        ("NVIDIA H100 80GB HBM3", jnp.bfloat16, "pallas_gpu"),
+        ("NVIDIA H200", jnp.float32, "xla"),
+        ("NVIDIA A100-SXM4-80GB", jnp.bfloat16, "xla"),
+    ],
+)
+def test_default_implementation_by_gpu(monkeypatch, kind, dtype, expected):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    with for_a_gpu(kind):
+        assert default_implementation(dtype) == expected
 
 
 def test_kernels_are_the_default_of_a_shard():
@@ -280,18 +299,18 @@ def test_kernels_are_the_default_of_a_shard():
     seen = []
 
     def shard(x):
-        seen.append(default_implementation())
+        seen.append(default_implementation(jnp.bfloat16))
         return x
 
     specs = jax.sharding.PartitionSpec("data")
-    for platform in ("tpu", "cpu"):
-        device = jax.sharding.AbstractDevice(device_kind="any", num_cores=None, platform=platform)
+    for platform, kind in (("tpu", "any"), ("gpu", "NVIDIA H200"), ("cpu", "any")):
+        device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=None, platform=platform)
         auto = (jax.sharding.AxisType.Auto,)
         mesh = jax.sharding.AbstractMesh((2,), ("data",), axis_types=auto, abstract_device=device)
         with jax.sharding.use_abstract_mesh(mesh):
-            seen.append(default_implementation())
+            seen.append(default_implementation(jnp.bfloat16))
             jax.eval_shape(jax.shard_map(shard, in_specs=specs, out_specs=specs, check_vma=False), np.zeros(2))
-    assert seen == ["xla", "pallas_tpu", "xla", "xla"]
+    assert seen == ["xla", "pallas_tpu", "xla", "pallas_gpu", "xla", "xla"]
 
 
 @pytest.mark.parametrize(

@@ -65,13 +65,13 @@ def expected(inputs, segment_ids):
     return run(as_dtype(inputs, jnp.float64), segment_ids)
 
 
-# `programs=1` asks for as many heads per program as there are, and rows whole; 96, for a head each, in segments.
+# For one multiprocessor a program takes all heads there are, and rows whole; for 96 of them a head each, in segments.
 CASES = [
-    (Tuning(chunk=16, programs=1), {}),
-    (Tuning(chunk=16, programs=96), {}),
-    (Tuning(chunk=64, programs=1), {"groups": 1, "skip": False, "initial": False}),
-    (Tuning(chunk=32, walk_slice=16), {"groups": 6, "length": 31}),
-    (Tuning(chunk=512), {"groups": 3, "length": 1}),
+    (Tuning(chunk=16, multiprocessors=1), {}),
+    (Tuning(chunk=16, multiprocessors=96), {}),
+    (Tuning(chunk=64, multiprocessors=1), {"groups": 1, "skip": False, "initial": False}),
+    (Tuning(chunk=32), {"groups": 6, "length": 31}),
+    (Tuning(chunk=256), {"groups": 3, "length": 1}),
 ]
 
 
@@ -82,10 +82,10 @@ def test_equals_the_recurrence(x64, tuning, options):
     assert_close(got, expected(inputs, segment_ids), 2e-6)  # 32 roundings of 6e-8; A sums over 450 tokens
 
 
-@pytest.mark.parametrize("programs", [1, 96])
-def test_steep_and_flat_decays_stay_apart(x64, programs):
+@pytest.mark.parametrize("multiprocessors", [1, 96])
+def test_steep_and_flat_decays_stay_apart(x64, multiprocessors):
     inputs, segment_ids = steep()
-    got = run(as_dtype(inputs, jnp.float32), segment_ids, Tuning(chunk=16, programs=programs))
+    got = run(as_dtype(inputs, jnp.float32), segment_ids, Tuning(chunk=16, multiprocessors=multiprocessors))
     assert_close(got, expected(inputs, segment_ids), 1e-6)
 
 
@@ -93,7 +93,7 @@ def test_bfloat16_operands(x64):
     """Of every product one operand is rounded to bfloat16, by up to 2^-9; decays and sums are not."""
     inputs, segment_ids = arguments()
     inputs |= as_dtype({name: inputs[name] for name in ("x", "B", "C")}, jnp.bfloat16)
-    outputs, gradients = run(inputs, segment_ids, Tuning(chunk=16, programs=1))
+    outputs, gradients = run(inputs, segment_ids, Tuning(chunk=16, multiprocessors=1))
     assert [a.dtype for a in outputs] == [jnp.bfloat16, jnp.float32]
     assert {name: a.dtype for name, a in gradients.items()} == {name: a.dtype for name, a in inputs.items()}
     assert_close((outputs, gradients), expected(inputs, segment_ids), 2**-7)
@@ -104,7 +104,7 @@ def test_extremes_stay_finite(dtype):
     inputs, segment_ids = steep(length=20)
     inputs |= as_dtype({name: inputs[name] for name in ("x", "B", "C")}, dtype)
     inputs["A"] = np.float32([0, -1e-30, -1e-2, -1, -1e4, -1e38])
-    outputs, gradients = run(inputs, segment_ids, Tuning(chunk=16, programs=1))
+    outputs, gradients = run(inputs, segment_ids, Tuning(chunk=16, multiprocessors=1))
     assert_finite((outputs, gradients))
     np.testing.assert_array_equal(outputs[1][0], inputs["initial_state"][0])  # a row of padding
 
@@ -112,7 +112,7 @@ def test_extremes_stay_finite(dtype):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("preset", ["zamba2-1.2b", "zamba2-2.7b", "zamba2-7b"])
 def test_lowers_for_gpus(preset, dtype):
-    """To Triton, at the shapes of the released models: two kernels forward and two back, each walk taken twice."""
+    """To Triton, at the shapes of the released models. A row of up to 80 heads is cut, and so walked twice."""
     config = Zamba2Config.preset(preset)
     rows, length, heads, channels = 1, 4096, config.mamba_heads, config.mamba_head_dim
     x = jax.ShapeDtypeStruct((rows, length, heads, channels), dtype)
@@ -125,7 +125,8 @@ def test_lowers_for_gpus(preset, dtype):
         outputs, pull = jax.vjp(ssd_pallas_gpu, *inputs)
         return outputs, pull(outputs)
 
-    for function, kernels in ((ssd_pallas_gpu, 3), (back, 6)):
+    cut = heads <= 80
+    for function, kernels in ((ssd_pallas_gpu, 2 + cut), (back, 5 + 2 * cut)):
         with for_a_gpu():
             text = jax.jit(function).trace(x, dt, dt, B, B, D, state).lower(lowering_platforms=("cuda",)).as_text()
         assert text.count("__gpu$xla.gpu.triton") == kernels
@@ -134,8 +135,8 @@ def test_lowers_for_gpus(preset, dtype):
 WRONG = [
     ({"x": jnp.zeros((1, 2, 3, 4), jnp.float16)}, {}, "x has dtype float16: expected bfloat16 or float32"),
     ({"B": jnp.zeros((1, 2, 2, 5))}, {}, "3 heads do not divide into 2 groups"),
-    ({}, {"tuning": Tuning(chunk=48)}, "chunk=48: expected a power of two from 16 to 512"),
-    ({}, {"tuning": Tuning(chunk=1024)}, "chunk=1024: expected a power of two from 16 to 512"),
+    ({}, {"tuning": Tuning(chunk=48)}, "chunk=48: expected a power of two from 16 to 256"),
+    ({}, {"tuning": Tuning(chunk=512)}, "chunk=512: expected a power of two from 16 to 256"),
 ]
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from zamba2_jax.ops.attention_splash import attention_splash
 from zamba2_jax.ops.attention_xla import attention_xla
-from zamba2_jax.ops.placement import takes_tpu_kernels
+from zamba2_jax.ops.placement import kernels
 from zamba2_jax.ops.segments import document_index
 from zamba2_jax.typing import Array, Bool, Float, Int, at_least_fp32
 
@@ -15,6 +15,9 @@ BLOCK = 512
 """Slots of a cache that many queries attend to at a time: on CPU the fastest of powers of two."""
 FITTING = 2**19
 """Numbers in those keys of a block that one query per row attends to: what stays in a CPU's cache while it is read."""
+
+LONGEST_MASK = 2**14
+"""Tokens up to which cuDNN is the default for documents: it reads a mask of t times t, half a GB for a row of these."""
 
 Implementation = Literal["xla", "splash", "cudnn"]
 
@@ -29,25 +32,28 @@ def causal_attention(
 ) -> Float[Array, "b t h p"]:
     """Softmax attention of every token to itself and the tokens before it in its document.
 
-    Differentiable once, in reverse. No implementation holds scores of all tokens with all tokens.
+    Differentiable once, in reverse. No implementation holds scores of all tokens with all tokens; "cudnn" with
+    `segment_ids` holds a mask of them, which all heads share.
 
     Args:
         q, k, v: h is a multiple of kv; query head i reads key head i // (h / kv).
         scale: factor on the scores.
         segment_ids: documents; nothing attends across them, nothing but padding to padding. See `ops.segments`.
         implementation: "xla", by blocks of queries, for any dtype; "splash", JAX's kernel for TPUs, for bfloat16 and
-            float32; "cudnn", on NVIDIA GPUs, for float16 and bfloat16 without `segment_ids`, and head dims that are
-            multiples of 8 up to 256 (128 before Hopper). By default what `default_implementation` gives.
+            float32; "cudnn", on NVIDIA GPUs, for float16 and bfloat16 and head dims that are multiples of 8 up to 256
+            (128 before Hopper). By default what `default_implementation` gives.
 
     Raises:
         ValueError: `implementation` is not valid, or does not do what is asked of it.
         NotImplementedError: the GPU is too old for the head dim with "cudnn".
     """
-    implementation = implementation or default_implementation()
-    if implementation == "cudnn":
-        _check_cudnn(q, segment_ids)
-        return jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True, implementation="cudnn")
+    implementation = implementation or default_implementation(q, segment_ids)
     tags = None if segment_ids is None else document_tags(segment_ids)
+    if implementation == "cudnn":
+        if reason := _not_for_cudnn(q):
+            raise ValueError(reason)
+        mask = None if tags is None else (tags[:, :, None] == tags[:, None, :])[:, None]
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, is_causal=True, implementation="cudnn")
     if implementation == "splash":
         return attention_splash(q, k, v, tags, scale)
     if implementation == "xla":
@@ -142,18 +148,22 @@ def _block_size(k: Float[Array, "b kv u p"], queries: int) -> int:
     return next(size for size in (512, 256, 128, 64, 32) if size == 32 or size * b * kv * p <= FITTING)
 
 
-def default_implementation() -> Implementation:
-    """What `causal_attention` uses unless told: "splash" on a TPU, else "xla"; with several devices see `placement`.
+def default_implementation(q: Float[Array, "b t h p"], segment_ids: Int[Array, "b t"] | None) -> Implementation:
+    """What `causal_attention` uses unless told; with several devices see `placement`.
 
-    On GPUs cuDNN has not been measured to be faster yet.
+    "splash" on a TPU; "cudnn" on a Hopper GPU for what it takes, in documents up to `LONGEST_MASK` tokens a row; else
+    "xla". On other GPUs cuDNN has not been measured to be faster yet.
     """
-    return "splash" if takes_tpu_kernels() else "xla"
+    if (found := kernels()) == "tpu":
+        return "splash"
+    long = segment_ids is not None and q.shape[1] > LONGEST_MASK
+    return "cudnn" if found == "gpu" and not long and _not_for_cudnn(q) is None else "xla"
 
 
-def _check_cudnn(q: Array, segment_ids: Array | None) -> None:
+def _not_for_cudnn(q: Array) -> str | None:
+    """Why cuDNN does not take q, if so."""
     if q.dtype not in (jnp.float16, jnp.bfloat16):
-        raise ValueError(f"q has dtype {q.dtype}, cuDNN takes float16 and bfloat16")
+        return f"q has dtype {q.dtype}, cuDNN takes float16 and bfloat16"
     if q.shape[-1] > 256 or q.shape[-1] % 8:
-        raise ValueError(f"the head dim is {q.shape[-1]}, cuDNN takes multiples of 8 up to 256")
-    if segment_ids is not None:
-        raise ValueError(f"segment_ids of shape {segment_ids.shape}: cuDNN would need a bias for all pairs of tokens")
+        return f"the head dim is {q.shape[-1]}, cuDNN takes multiples of 8 up to 256"
+    return None

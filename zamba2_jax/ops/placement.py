@@ -1,6 +1,11 @@
 """Where a computation runs, as far as the choice of an implementation depends on it."""
 
+from typing import Literal
+
 import jax
+
+HOPPER = ("H100", "H200")
+"""In the names of the GPUs that our kernels have been run on: they were measured to be faster than XLA on these."""
 
 
 def platform() -> str:
@@ -12,15 +17,25 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
-def takes_tpu_kernels() -> bool:
-    """Whether what is traced now runs on a TPU, and on one device or apart on each.
+def kernels() -> Literal["tpu", "gpu"] | None:
+    """Whose kernels are best for what is traced now: a TPU's, a Hopper GPU's, or none.
 
-    The compiler cannot divide a kernel among devices. With several of them only the inside of a `jax.shard_map` over
-    all axes of the mesh is apart on each; for our scans and kernels it needs `check_vma=False`.
+    None too unless it runs on one device, or apart on each: the compiler cannot divide a kernel among devices. With
+    several of them only the inside of a `jax.shard_map` over all axes of the mesh is apart on each; for our scans and
+    kernels it needs `check_vma=False`.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         undivided = jax.device_count() == 1
     else:
         undivided = mesh.size == 1 or set(mesh.manual_axes) == set(mesh.axis_names)
-    return platform() == "tpu" and undivided
+    if not undivided:
+        return None
+    if platform() == "tpu":
+        return "tpu"
+    return "gpu" if platform() == "gpu" and any(name in _device_kind() for name in HOPPER) else None
+
+
+def _device_kind() -> str:
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.devices()[0].device_kind if device is None else device.device_kind
