@@ -9,6 +9,7 @@ this file.
     JAX_PLATFORMS=cpu python experiments/attention_memory.py
 """
 
+import argparse
 import importlib.util
 import itertools
 import json
@@ -60,6 +61,7 @@ def temp_bytes(function: Callable[..., Any], *arguments: Any) -> int | None:
 
 def main() -> None:
     """Prints the table and writes it."""
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     devices = {"cpu": jax.devices("cpu")[0]}
     if importlib.util.find_spec("libtpu") is not None:
         devices["v5e"] = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]

@@ -11,6 +11,7 @@ of the first 50 steps are compared, the last 20 are timed. Prints a table and wr
 file.
 """
 
+import argparse
 import multiprocessing
 import os
 import tempfile
@@ -200,6 +201,7 @@ def compare(directory: Path) -> list[Contender]:
 
 def main() -> None:
     """Prints the table and writes the numbers."""
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     model = Zamba2(CONFIG, rngs=nnx.Rngs(0))
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary) / "model"

@@ -7,6 +7,7 @@ The pipeline must be 5 times as fast as the training. Prints a table and writes 
     JAX_PLATFORMS=cpu GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python experiments/data_speed.py
 """
 
+import argparse
 import contextlib
 import itertools
 import json
@@ -68,6 +69,7 @@ def training(stream: list[Batch]) -> float:
 
 def main() -> None:
     """Measures, prints and writes."""
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     corpus = tokenize_embedded_corpus(Zamba2Config.preset("zamba2-nano").vocab_size)
     vocab_size = corpus.tokenizer.get_vocab_size()
     results: dict[str, float] = {}

@@ -7,6 +7,7 @@ the largest difference of the logits between the ways to run it.
     python experiments/dt_clamp.py
 """
 
+import argparse
 import tempfile
 from pathlib import Path
 
@@ -49,6 +50,7 @@ def our_logits(model: jax.Array, tokens: np.ndarray) -> tuple[np.ndarray, np.nda
 
 def main() -> None:
     """Prints the table."""
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     case = VARIANTS["7b-miniature"]
     model = random_model(case.config, seed=0)
     for layer in model.layers:

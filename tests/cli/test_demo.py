@@ -31,7 +31,7 @@ WORDS = "--preset small --steps 6 8 --batch 2 --seq 32 --new-tokens 8 --learning
 
 def test_a_miniature_run(small_preset, tmp_path, capsys):
     out = tmp_path / "new" / "out"
-    assert main(["demo", "--out", str(out), *WORDS, "The class", "A [bold]"]) == 0
+    assert main(["demo", "--output", str(out), *WORDS, "The class", "A [bold]"]) == 0
     assert {path.name for path in out.iterdir()} == set(OUTPUTS)
 
     printed = capsys.readouterr().out
@@ -75,7 +75,7 @@ def test_the_first_error_comes_before_anything_is_written(tmp_path, capsys):
         (["--temperature", "-1"], "--temperature is -1.0"),
         (["--new-tokens", "0"], "--new-tokens is 0"),
     ):
-        assert main(["demo", "--out", str(tmp_path / "out"), *words]) == 2, words
+        assert main(["demo", "--output", str(tmp_path / "out"), *words]) == 2, words
         captured = capsys.readouterr()
         assert captured.err.startswith(f"zamba2: error: {message}")
         assert captured.err.count("\n") == 1

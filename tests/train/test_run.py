@@ -163,15 +163,15 @@ def test_a_run_goes_on_over_other_meshes(home, whole, stop_at):
 
 def test_an_export_is_the_model_and_a_run_can_begin_with_it(home, whole, tmp_path, capsys):
     out = tmp_path / "hf"
-    assert main(["export", "--run", whole.directory, "--step", "13", "--out", str(out)]) == 0
+    assert main(["export", "--run", whole.directory, "--step", "13", "--output", str(out)]) == 0
     model = load_hf(out)
     assert model.config == whole.model.resolve()
     with Checkpoints(Path(whole.directory) / "checkpoints", read_only=True) as checkpoints:
         assert_equal(model, checkpoints.restore_part(13, model, "model"))
     assert Tokenizer.from_file(str(out / "tokenizer.json")).get_vocab_size() == 320
-    assert main(["export", "--run", whole.directory, "--step", "5", "--out", str(tmp_path / "other")]) == 2
+    assert main(["export", "--run", whole.directory, "--step", "5", "--output", str(tmp_path / "other")]) == 2
     assert "no checkpoint of step 5" in capsys.readouterr().err
-    assert main(["export", "--run", str(tmp_path), "--out", str(tmp_path / "other")]) == 2
+    assert main(["export", "--run", str(tmp_path), "--output", str(tmp_path / "other")]) == 2
     assert f"{tmp_path} is not the directory of a run" in capsys.readouterr().err
 
     further = config(home, directory=str(tmp_path / "further"), model={"hf": str(out)}, tokenizer=str(out))

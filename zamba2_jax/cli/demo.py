@@ -56,7 +56,7 @@ class Demo:
     the run and its numbers. Needs no network.
     """
 
-    out: Path = Path("demo-output")
+    output: Path = Path("demo-output")
     """Directory to write to: new, empty, or of an earlier demo, which is replaced."""
     seed: int = 0
     """Seed of the weights, the order of the data and the sampling."""
@@ -97,12 +97,12 @@ class Demo:
         self._check()
         config, phases = Zamba2Config.preset(self.preset), self._phases()
         schedule, optimizer = learning_rate(phases, self.learning_rate), AdamW().transformation()
-        prepare_output(self.out, dataclasses.asdict(self) | {"out": str(self.out)})
+        prepare_output(self.output, dataclasses.asdict(self) | {"output": str(self.output)})
 
         console = Console(highlight=False)
         console.print("Reading the corpus, training a tokenizer")
         corpus = tokenize_embedded_corpus(config.vocab_size)
-        save_tokenizer(corpus.tokenizer, self.out)
+        save_tokenizer(corpus.tokenizer, self.output)
         stages = make_stages(phases, corpus.train, batch_size=self.batch, length=self.seq, seed=self.seed)
         held_out_prose = held_out(corpus.held_out, batch_size=4 * self.batch, length=self.seq)
 
@@ -113,7 +113,7 @@ class Demo:
         step = compile_train_step(state, next(iter(stages[0].batches)), optimizer=optimizer, schedule=schedule)
 
         records: list[Record] = []
-        with JsonLines(self.out / "metrics.jsonl") as write, ProgressView(phases, console) as show:
+        with JsonLines(self.output / "metrics.jsonl") as write, ProgressView(phases, console) as show:
             state = train(
                 state,
                 step,
@@ -123,10 +123,10 @@ class Demo:
                 eval_every=max(1, sum(self.steps) // 8),
                 report=tee(records.append, write, show),
             )
-        save(state, corpus.tokenizer, self.out)
-        plot_curves(records, phases, schedule, self.out / "curves.png")
+        save(state, corpus.tokenizer, self.output)
+        plot_curves(records, phases, schedule, self.output / "curves.png")
         self._write(state.model, corpus.tokenizer, console)
-        summarize(records, corpus, self.out, console, seconds=time.perf_counter() - begin)
+        summarize(records, corpus, self.output, console, seconds=time.perf_counter() - begin)
         return 0
 
     def _check(self) -> None:
@@ -182,7 +182,7 @@ class Demo:
             console.print(prompt, style="bold", markup=False, end="", soft_wrap=True)
             console.print(text[len(prompt) :], markup=False, soft_wrap=True)
         samples = "\n\n---\n\n".join(texts) + "\n"
-        write_atomically(self.out / "samples.txt", lambda path: path.write_text(samples, encoding="utf-8"))
+        write_atomically(self.output / "samples.txt", lambda path: path.write_text(samples, encoding="utf-8"))
 
 
 def prepare_output(directory: Path, settings: dict[str, Any]) -> None:

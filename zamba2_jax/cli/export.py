@@ -19,7 +19,7 @@ class Export:
 
     directory: Annotated[Path, tyro.conf.arg(name="run")]
     """Directory of the run."""
-    out: Path
+    output: Path
     """Directory to write: new or empty."""
     step: int | None = None
     """Which checkpoint, by its step; the last one by default."""
@@ -31,6 +31,6 @@ class Export:
             ValueError: the run is not valid.
             OSError: there is no such run or checkpoint, or the directory cannot be written.
         """
-        step = export(self.directory, self.out, self.step)
-        Console(highlight=False).print(f"Step {step} is written to {self.out}", markup=False, soft_wrap=True)
+        step = export(self.directory, self.output, self.step)
+        Console(highlight=False).print(f"Step {step} is written to {self.output}", markup=False, soft_wrap=True)
         return 0
