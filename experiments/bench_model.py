@@ -61,7 +61,7 @@ def measure(config: Zamba2Config, shape: tuple[int, int], dtype: str, cases: dic
     programs = {}
     for name, (document, context) in cases.items():
         ids = None if document is None else jnp.broadcast_to(1 + jnp.arange(shape[1]) // document, shape)
-        passes = (
+        passes = (  # new functions for each case: JAX would give the trace of known ones, made in another context
             lambda model, tokens, ids: model(tokens, ids),
             jax.value_and_grad(lambda model, tokens, ids: next_token_loss(model, tokens, ids)[0]),
         )

@@ -3,7 +3,7 @@
 Compiles for GPUs that are not there, on Linux, and tells
 
 - of every kernel of the scan, how many registers a thread takes, how many bytes of them are spilled to memory, and how
-  many warps a multiprocessor then holds at a time;
+  many warps a multiprocessor then holds at a time: with JAX 0.10, as later ones do not write the kernels' assembly;
 - of the scan, by kernels and in plain XLA, the bytes of all operands and results over the fewest possible: inputs and
   cotangents read once, outputs written once. Caches are not modelled: an operand counts once per kernel;
 - of the decode step, the operations that are left, and their bytes over those of the state read and written once;

@@ -83,9 +83,9 @@ def kernels(x, dt, A, B, C, D, *, tuning: Tuning | None = None) -> tuple[jax.Arr
     return ssd_pallas_gpu(x, dt, log_decays(dt, A), B, C, D, None, tuning=tuning)
 
 
-def with_gradient(scan: Scan, *inputs: jax.Array) -> Any:
-    """Results and gradients, by all inputs, of y and the state weighed by themselves, at no further cost."""
-    outputs, pull = jax.vjp(scan, *inputs)
+def with_gradient(function: Callable[..., Any], *inputs: jax.Array) -> Any:
+    """Results and gradients, by all inputs, of the results weighed by themselves, at no further cost."""
+    outputs, pull = jax.vjp(function, *inputs)
     return outputs, pull(outputs)
 
 
@@ -95,14 +95,18 @@ def check(model: str, dtype: str) -> dict[str, float]:
     exact = [a.astype(jnp.float32) for a in inputs]
     expected = jax.jit(partial(with_gradient, partial(ssd, implementation="sequential")))(*exact)
     got = jax.jit(partial(with_gradient, kernels))(*inputs)
+    return dict(zip(("y", "state", *(f"d{name}" for name in NAMES)), differences(got, expected), strict=True))
+
+
+def differences(got: Any, expected: Any) -> list[float]:
+    """Of every array from the one expected, by norms."""
     pairs = zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True)
-    errors = [float(np.linalg.norm(np.float64(a) - np.float64(e)) / np.linalg.norm(np.float64(e))) for a, e in pairs]
-    return dict(zip(("y", "state", *(f"d{name}" for name in NAMES)), errors, strict=True))
+    return [float(np.linalg.norm(np.float64(a) - np.float64(e)) / np.linalg.norm(np.float64(e))) for a, e in pairs]
 
 
-def of_jax(scan: Scan, inputs: dict[str, jax.Array]) -> tuple[Call, Call]:
+def of_jax(function: Callable[..., Any], inputs: dict[str, jax.Array]) -> tuple[Call, Call]:
     """One call forward, and one with the gradient, compiled."""
-    forward, both = (jax.jit(f).lower(*inputs.values()).compile() for f in (scan, partial(with_gradient, scan)))
+    forward, both = (jax.jit(f).lower(*inputs.values()).compile() for f in (function, partial(with_gradient, function)))
     return partial(forward, *inputs.values()), partial(both, *inputs.values())
 
 

@@ -371,15 +371,12 @@ class _Kernels:
     ) -> list[Array]:
         """y, the last state and, to `save`, the states at the starts of chunks, [b, c, h, p, n] in the dtype of x."""
         firsts = self._firsts(x, decays, B, initial_state, reverse=False)
-        of = _walk_blocks(x, B, firsts, self.tuning.chunk)
+        of, per_head = _walk_blocks(x, B, firsts, self.tuning.chunk), pl.BlockSpec((None,), lambda i, j: (j,))
         y, lasts, *starts = self._call(
             "ssd_outputs",
             partial(_outputs_kernel, size=self.tuning.chunk),
             grid=of.grid,
-            in_specs=[
-                *[of.rows, of.projection, of.projection, pl.BlockSpec((None,), lambda i, j: (j,))],
-                *[*of.decays, of.end],
-            ],
+            in_specs=[of.rows, of.projection, of.projection, per_head, *of.decays, of.end],
             out_specs=[of.rows, of.end, of.states][: 2 + save],
             out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype), of.all_ends, of.all_states][: 2 + save],
         )(x, B, C, D, *decays, firsts)
@@ -408,8 +405,8 @@ class _Kernels:
         m = _segments(chunks, b * h, self.tuning.multiprocessors)
         if m == 1:
             return first[:, None]
-        zeros = jnp.zeros((b, m, *first.shape[1:]), jnp.float32).at[:, m - 1 if reverse else 0].set(first)
-        (ends,) = self._walk(rows, decays, projection, zeros, states=False, reverse=reverse)
+        known = jnp.zeros((b, m, *first.shape[1:]), jnp.float32).at[:, m - 1 if reverse else 0].set(first)
+        (ends,) = self._walk(rows, decays, projection, known, states=False, reverse=reverse)
         decay = jnp.prod(decays.whole.reshape(b, m, chunks // m, h), axis=2)[..., None, None]
         _, ends = jax.lax.associative_scan(join, (decay, ends), axis=1, reverse=reverse)
         before = [ends[:, 1:], first[:, None]] if reverse else [first[:, None], ends[:, :-1]]
@@ -457,7 +454,7 @@ class _Kernels:
         splits = h // g // share
         channels = pl.BlockSpec((None, chunk, share, p), lambda i, c, j: (i, c, j, 0))
         per_token = pl.BlockSpec((None, share, chunk), lambda i, c, j: (i, j, c))
-        whole = pl.BlockSpec((None, None, share), lambda i, c, j: (i, c, j))
+        decays_of_heads = [*[per_token] * (REFS - 1), pl.BlockSpec((None, None, share), lambda i, c, j: (i, c, j))]
         per_head = pl.BlockSpec((share,), lambda i, c, j: (j,))
         projection = pl.BlockSpec((None, chunk, None, n), lambda i, c, j: (i, c, j // splits, 0))
         states = pl.BlockSpec((None, None, share, p, n), lambda i, c, j: (i, c, j, 0, 0))
@@ -467,10 +464,7 @@ class _Kernels:
             "ssd_gradients",
             _gradients_kernel,
             grid=(b, t // chunk, g * splits),
-            in_specs=[
-                *[channels, projection, projection, per_head, states, channels, states],
-                *[*[per_token] * (REFS - 1), whole],
-            ],
+            in_specs=[channels, projection, projection, per_head, states, channels, states, *decays_of_heads],
             out_specs=[channels, *[per_token] * 3, sums, sums],
             out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype), *[all_tokens] * 3, all_sums, all_sums],
         )(x, B, C, D, starts, dy, dends, *decays)
