@@ -203,6 +203,29 @@ def test_an_engine_whose_step_was_broken_off_says_so(monkeypatch, model):
         next(engine.events())
 
 
+@pytest.mark.parametrize("slots", [1, 2])
+def test_a_row_is_used_again_and_nothing_stays_in_it(model, slots):
+    """Long before short, with and without a prefix, and after a prompt that was broken off."""
+    prompts = [prompt_of(length, seed=length) for length in (30, 9, 21, 1)]
+    (*expected, last) = (run(engine_of(model), [Request(prompt, 6)])[0].tokens for prompt in prompts)
+    engine = engine_of(model, slots=slots)
+    prefix = engine.prefix(prompts[2][:8])
+    requests = [Request(prompts[0], 6), Request(prompts[1], 6), Request(prompts[2][8:], 6, prefix=prefix)]
+    for _ in range(2):
+        assert [done.tokens for done in run(engine, requests)] == expected
+
+    def broken_off(*arguments):
+        prefill_donated(*arguments)
+        raise KeyboardInterrupt
+
+    engine.submit(requests[0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "prefill_donated", broken_off)
+        with pytest.raises(KeyboardInterrupt):
+            list(engine.events())
+    assert run(engine, [Request(prompts[3], 6)])[0].tokens == last
+
+
 def test_a_prefix_gives_the_tokens_of_the_whole_prompt(model):
     """Twice from one prefix, and from a prefix of two parts: the penalty knows its tokens, the seed its length."""
     prompt, how = prompt_of(30), Sampling(temperature=1.2, repetition_penalty=1.4, seed=3)
@@ -236,9 +259,13 @@ def test_a_request_may_fill_the_capacity(model):
     assert np.isfinite(done.logprobs).all()
 
 
-def test_an_engine_holds_the_cache_that_was_promised(model):
-    rows = engine_of(model)._rows
-    assert sum(array.nbytes for array in jax.tree.leaves(rows.cache)) == cache_bytes(UNTIED, 3, CAPACITY).total
+@pytest.mark.parametrize(("slots", "rows"), [(3, 4), (1, 1)])
+def test_an_engine_holds_the_caches_that_were_promised(model, slots, rows):
+    """One more than its slots, where they are several."""
+    engine = engine_of(model, slots=slots)
+    run(engine, [Request(prompt_of(5), 3)])
+    held = jax.tree.leaves((engine._rows.cache, engine._row))
+    assert sum(array.nbytes for array in held) == rows * cache_bytes(UNTIED, 1, CAPACITY).total
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Attention against a loop over queries in numpy."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -117,6 +119,35 @@ def test_a_cache_of_many_blocks(monkeypatch, rounding, queries, block):
         for i, slot in enumerate(slots[row]):
             expected = attend(q[row, slot], k[row, : slot + 1], v[row, : slot + 1])
             assert_close(np.asarray(out)[row, i], expected, rounding)
+
+
+def test_a_cache_may_hold_the_bits_of_bfloat16():
+    q, k, v = (x.astype(jnp.bfloat16) for x in arguments(length=70))
+    keys, values = (x.swapaxes(1, 2) for x in (k, v))
+    bits = [jax.lax.bitcast_convert_type(x, jnp.uint16) for x in (keys, values)]
+    new = v[:, :3], k[:, :3]  # other numbers than are there
+    slots, real = jnp.array([[40, 41, 42], [66, 67, 68]]), jnp.ones((b, 3), bool)
+    expected = cached_attention(q[:, :3], *new, keys, values, slots, real, SCALE)
+    out, *held = cached_attention(q[:, :3], *new, *bits, slots, real, SCALE)
+    assert [x.dtype for x in held] == [jnp.uint16] * 2
+    held = [jax.lax.bitcast_convert_type(x, jnp.bfloat16) for x in held]
+    for got, wanted in zip((out, *held), expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(wanted, np.float32))
+
+
+@pytest.mark.parametrize(("dtype", "queries"), [("float32", 1), ("bfloat16", 1), ("bfloat16", 16)])
+def test_attending_to_a_cache_takes_no_memory_that_grows_with_it(dtype, queries):
+    """Nor, which follows, time to convert it."""
+
+    def memory(capacity):
+        shapes = [(1, queries, 4, 32)] * 3 + [(1, 4, capacity, 32)] * 2
+        dtypes = [jnp.dtype(dtype)] * 3 + [attention.stored_dtype(dtype)] * 2
+        arrays = [jax.ShapeDtypeStruct(*each) for each in zip(shapes, dtypes, strict=True)]
+        slots, real = (jax.ShapeDtypeStruct((1, queries), kind) for kind in (jnp.int32, bool))
+        run = jax.jit(partial(ops.cached_attention, scale=1.0), donate_argnums=(3, 4))
+        return run.lower(*arrays, slots, real).compile().memory_analysis().temp_size_in_bytes
+
+    assert memory(16384) == memory(4096)
 
 
 def test_slots_past_the_end_are_not_written():

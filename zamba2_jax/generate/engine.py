@@ -163,10 +163,12 @@ class Engine:
         *,
         slots: int = 8,
         capacity: int | None = None,
-        chunk: int = 256,
+        chunk: int = 512,
         decode: Decode | None = None,
     ):
         """An engine without requests. Its caches are allocated here: `cache_bytes(config, slots, capacity, dtype)`.
+
+        Several slots take as much again as one of them, for the row that prompts are taken in by; one slot is that row.
 
         Args:
             model: the model.
@@ -185,6 +187,7 @@ class Engine:
         self.slots, self.capacity = slots, capacity
         self._model, self._chunk, self._text_of = model, chunk, decode
         self._rows = _empty_rows(model.config, slots, capacity, model.dtype)
+        self._row: Cache | None = None
         self._tasks: list[_Task | None] = [None] * slots
         self._queue: deque[_Task] = deque()
         self._events: deque[Event] = deque()
@@ -281,7 +284,7 @@ class Engine:
             self._check_prefix(after)
         whole = new if after is None else np.concatenate([after.tokens, new])
         self._check_fits(len(whole), 0)
-        return Prefix(whole, self._take_in(new, after)[1])
+        return Prefix(whole, self._take_in(new, after, None)[1])
 
     def events(self, *, streaming: bool = True) -> Iterator[Event]:
         """Works until every request is done, and gives what happens: each token, and each completion after its last.
@@ -310,21 +313,30 @@ class Engine:
         """Takes a prompt in and chooses its first token."""
         request, vocab_size = task.request, self._model.config.vocab_size
         prompt = np.asarray(request.prompt)
-        logits, cache = self._take_in(prompt, request.prefix)
+        logits, row = self._take_in(prompt, request.prefix, self._row_memory())
         whole = prompt if request.prefix is None else np.concatenate([request.prefix.tokens, prompt])
         stops, seen = _mask(request.stop_tokens, vocab_size), _mask(whole, vocab_size)
         how = SamplingRows.stack([request.sampling])
-        self._rows, *first = _insert(self._rows, slot, cache, logits, request.max_new_tokens, stops, seen, how)
+        if self.slots == 1:
+            self._rows = dataclasses.replace(self._rows, cache=row)
+        else:
+            self._row = row
+        self._rows, *first = _insert(self._rows, slot, self._row, logits, request.max_new_tokens, stops, seen, how)
         self._tasks[slot] = task
         token, logprob = jax.device_get(first)
         self._record(slot, [token.item()], [logprob.item()])
 
-    def _take_in(self, tokens: np.ndarray, prefix: Prefix | None) -> tuple[Array, Cache]:
-        """Logits [1, v] after the tokens, and the cache of one row with them."""
+    def _row_memory(self) -> Cache | None:
+        """A row whose content nobody needs, to take a prompt in; none yet, or none any more after an exception."""
+        row = self._rows.cache if self.slots == 1 else self._row
+        return None if row is None or row.lengths.is_deleted() else row
+
+    def _take_in(self, tokens: np.ndarray, prefix: Prefix | None, memory: Cache | None) -> tuple[Array, Cache]:
+        """Logits [1, v] after the tokens, and the cache of one row with them, which takes the place of `memory`."""
         if prefix is None:
-            cache = _empty_cache(self._model.config, 1, self.capacity, self._model.dtype)
+            cache = _empty_row(self._model.config, self.capacity, self._model.dtype, memory)
         else:
-            cache = jax.tree.map(jnp.copy, prefix.cache)  # the copy is donated, the prefix stays
+            cache = _copy(prefix.cache, memory)
         for start in range(0, len(tokens), self._chunk):
             piece = tokens[start : start + self._chunk]
             padded = np.zeros((1, padded_length(len(piece), self._chunk)), np.int32)
@@ -399,7 +411,16 @@ def _placed(rows: _Rows) -> _Rows:
     return _Rows(cache=cache, **jax.tree.map(by_rows, fields))
 
 
-_empty_cache = jax.jit(init_cache, static_argnums=(0, 1, 2, 3))
+@partial(jax.jit, static_argnums=(0, 1, 2), donate_argnames="memory", keep_unused=True)
+def _empty_row(config: Zamba2Config, capacity: int, dtype: DTypeLike, memory: Cache | None) -> Cache:
+    """An empty cache of one row, in place of another one if that is given."""
+    return init_cache(config, 1, capacity, dtype)
+
+
+@partial(jax.jit, donate_argnames="memory", keep_unused=True)
+def _copy(cache: Cache, memory: Cache | None) -> Cache:
+    """The same in memory of its own, in place of another one if that is given."""
+    return jax.tree.map(jnp.copy, cache)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -424,14 +445,22 @@ def _end(rows: _Rows, slot: int) -> _Rows:
 
 @partial(jax.jit, donate_argnames="rows")
 def _insert(
-    rows: _Rows, slot: int, cache: Cache, logits: Array, left: int, stops: Array, seen: Array, sampling: SamplingRows
+    rows: _Rows,
+    slot: int,
+    cache: Cache | None,
+    logits: Array,
+    left: int,
+    stops: Array,
+    seen: Array,
+    sampling: SamplingRows,
 ) -> tuple[_Rows, Array, Array]:
     """The rows with a new one in a slot, its first token chosen; that token and its log-probability.
 
-    Cache, logits and sampling are of one row; stops and seen are [v].
+    Cache, logits and sampling are of one row; stops and seen are [v]. There is no cache to put in where the one row
+    has it already.
     """
     row = _Rows(
-        cache=cache,
+        cache=rows.cache if cache is None else cache,
         token=jnp.zeros(1, jnp.int32),
         live=jnp.ones(1, bool),
         left=jnp.full(1, left, jnp.int32),
@@ -440,20 +469,21 @@ def _insert(
         sampling=sampling,
     )
     row, logprob = _choose(row, logits)
-    rows = jax.tree.map(lambda all_rows, one: all_rows.at[slot].set(one[0]), rows, row)
+    rows = row if cache is None else jax.tree.map(lambda all_rows, one: all_rows.at[slot].set(one[0]), rows, row)
     return _placed(rows), row.token[0], logprob[0]
 
 
-@partial(jax.jit, donate_argnames="rows")
+@partial(jax.jit, static_argnames="steps", donate_argnames="rows")
 def _run(model: Zamba2, rows: _Rows, steps: int, refill: bool) -> tuple[_Rows, Array, Array, Array]:
     """Up to `steps` tokens for every live row: until none is live, or, with `refill`, until one ends.
 
-    The loop is the same program for any number of steps; nothing leaves the device before it ends.
+    Nothing leaves the device before that. One step is no loop, out of which XLA would carry conversions of the weights
+    of bfloat16 that cost more than the step.
 
     Returns:
-        The rows; tokens and log-probabilities [BLOCK, b]; and how many of them each row has, [b].
+        The rows; tokens and log-probabilities [steps, b]; and how many of them each row has, [b].
     """
-    begin, shape = rows, (BLOCK, rows.token.shape[0])
+    begin, shape = rows, (steps, rows.token.shape[0])
     tokens, logprobs = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, at_least_fp32(model.dtype))
 
     def go_on(carry: tuple[Array, _Rows, Array, Array]) -> Array:
@@ -466,7 +496,8 @@ def _run(model: Zamba2, rows: _Rows, steps: int, refill: bool) -> tuple[_Rows, A
         rows, logprob = _choose(dataclasses.replace(rows, cache=cache), logits)
         return i + 1, rows, tokens.at[i].set(rows.token), logprobs.at[i].set(logprob)
 
-    _, rows, tokens, logprobs = jax.lax.while_loop(go_on, step, (jnp.int32(0), rows, tokens, logprobs))
+    first = jnp.int32(0), rows, tokens, logprobs
+    _, rows, tokens, logprobs = step(first) if steps == 1 else jax.lax.while_loop(go_on, step, first)
     return _placed(rows), tokens, logprobs, begin.left - rows.left
 
 

@@ -13,7 +13,6 @@ from zamba2_jax.generate.text import Tokenizer, token_lists
 from zamba2_jax.model.cache import Cache, init_cache
 from zamba2_jax.model.zamba2 import Zamba2
 from zamba2_jax.ops.cross_entropy import map_positions
-from zamba2_jax.ops.linear import matmul
 from zamba2_jax.typing import Array, at_least_fp32
 
 POSITIONS = 32
@@ -93,7 +92,7 @@ def _score_piece(
     assert after is not None
 
     def of_positions(h: Array, targets: Array) -> tuple[Array, Array]:
-        logits = matmul(h, model.output_matrix, dtype=at_least_fp32(h.dtype))
+        logits = model.logits(h, dtype=at_least_fp32(h.dtype))
         return log_probability(logits, targets), jnp.argmax(logits, axis=-1) == targets
 
     return map_positions(of_positions, h, targets, POSITIONS), after

@@ -8,8 +8,9 @@ from flax import struct
 
 from zamba2_jax.config import Zamba2Config
 from zamba2_jax.model.divided import row_axes
+from zamba2_jax.ops.attention import stored_dtype
 from zamba2_jax.sharding import constrain
-from zamba2_jax.typing import Array, DTypeLike, Float, Int, at_least_fp32
+from zamba2_jax.typing import Array, DTypeLike, Float, Int, Shaped, at_least_fp32
 
 
 @struct.dataclass
@@ -28,10 +29,13 @@ class MambaState:
 
 @struct.dataclass
 class KVCache:
-    """Keys (already rotated) and values of one call of a shared block; slot i holds token i of the row."""
+    """Keys (already rotated) and values of one call of a shared block; slot i holds token i of the row.
 
-    k: Float[Array, "b kv u p"]
-    v: Float[Array, "b kv u p"]
+    In the compute dtype; on CPU bfloat16 as its bits, in uint16. See `ops.attention.stored_dtype`.
+    """
+
+    k: Shaped[Array, "b kv u p"]
+    v: Shaped[Array, "b kv u p"]
 
 
 @struct.dataclass
@@ -57,18 +61,20 @@ class Cache:
 def init_cache(config: Zamba2Config, batch: int, capacity: int, dtype: DTypeLike = jnp.float32) -> Cache:
     """An empty cache for `batch` rows of at most `capacity` tokens, in compute dtype `dtype`."""
 
-    def zeros(*shape: int) -> Array:
+    def zeros(*shape: int, dtype: DTypeLike = dtype) -> Array:
         return jnp.zeros((batch, *shape), dtype)
 
     def state() -> MambaState:
-        ssm = zeros(config.mamba_heads, config.mamba_head_dim, config.d_state).astype(at_least_fp32(dtype))
+        ssm = zeros(config.mamba_heads, config.mamba_head_dim, config.d_state, dtype=at_least_fp32(dtype))
         past = config.d_conv - 1
         return MambaState(conv_x=zeros(past, config.inner_size), conv_bc=zeros(past, config.bc_size), ssm=ssm)
 
-    kv_shape = (config.kv_heads, capacity, config.attention_head_dim)
+    def keys() -> Array:
+        return zeros(config.kv_heads, capacity, config.attention_head_dim, dtype=stored_dtype(dtype))
+
     cache = Cache(
         mamba=tuple(state() for _ in range(config.num_layers)),
-        attention=tuple(KVCache(k=zeros(*kv_shape), v=zeros(*kv_shape)) for _ in range(config.num_calls)),
+        attention=tuple(KVCache(k=keys(), v=keys()) for _ in range(config.num_calls)),
         lengths=jnp.zeros(batch, jnp.int32),
     )
     return placed(cache)

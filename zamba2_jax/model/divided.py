@@ -14,7 +14,7 @@ from zamba2_jax.ops import sequence
 from zamba2_jax.ops.conv import last_inputs
 from zamba2_jax.ops.ssd import Implementation
 from zamba2_jax.sharding import ambient_mesh, constrain, parts, per_device, split_axis
-from zamba2_jax.typing import Array, Bool, Float, Int
+from zamba2_jax.typing import Array, Bool, Float, Int, Shaped
 
 
 def row_axes(rows: int, *, cached: bool) -> tuple[str | None, str | None]:
@@ -147,12 +147,12 @@ def cached_attention(
     q: Float[Array, "b t h p"],
     k: Float[Array, "b t kv p"],
     v: Float[Array, "b t kv p"],
-    cached_k: Float[Array, "b kv u p"],
-    cached_v: Float[Array, "b kv u p"],
+    cached_k: Shaped[Array, "b kv u p"],
+    cached_v: Shaped[Array, "b kv u p"],
     slots: Int[Array, "b t"],
     real: Bool[Array, "b t"],
     scale: float,
-) -> tuple[Float[Array, "b t h p"], Float[Array, "b kv u p"], Float[Array, "b kv u p"]]:
+) -> tuple[Float[Array, "b t h p"], Shaped[Array, "b kv u p"], Shaped[Array, "b kv u p"]]:
     """`ops.cached_attention`."""
     tokens = row_axes(len(q), cached=True)
     rows, time = tokens

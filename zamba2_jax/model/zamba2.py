@@ -13,7 +13,7 @@ from zamba2_jax.model.mamba import MambaLayer
 from zamba2_jax.model.parameter import KeyStream, norm_scale, param
 from zamba2_jax.model.shared import SharedBlock, SharedCall
 from zamba2_jax.model.tap import Tap, no_tap, scoped
-from zamba2_jax.ops.linear import linear
+from zamba2_jax.ops.linear import matmul, matmul_transposed
 from zamba2_jax.ops.norm import rms_norm
 from zamba2_jax.ops.segments import document_positions
 from zamba2_jax.ops.ssd import Implementation
@@ -156,9 +156,11 @@ class Zamba2(nnx.Module):
         h = tap("final_norm", rms_norm(h, self.norm[...], self.config.rms_norm_eps))
         return h, tuple(states), tuple(kv_caches)
 
-    def logits(self, h: Float[Array, "*batch d"]) -> Float[Array, "*batch v"]:
-        """The output head on the final norm's output."""
-        return linear(h, self.output_matrix)
+    def logits(self, h: Float[Array, "*batch d"], *, dtype: DTypeLike | None = None) -> Float[Array, "*batch v"]:
+        """The output head on the final norm's output; in `dtype`, by default that of h."""
+        if self.head is None:
+            return matmul_transposed(h, self.embed[...], dtype=dtype)
+        return matmul(h, self.head[...], dtype=dtype)
 
     @property
     def output_matrix(self) -> Float[Array, "d v"]:

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 
 from zamba2_jax.ops.attention_splash import attention_splash
 from zamba2_jax.ops.attention_xla import attention_xla
-from zamba2_jax.ops.placement import kernels
+from zamba2_jax.ops.placement import kernels, platform
 from zamba2_jax.ops.segments import document_index
-from zamba2_jax.typing import Array, Bool, Float, Int, at_least_fp32
+from zamba2_jax.typing import Array, Bool, DTypeLike, Float, Int, Shaped, at_least_fp32
 
 BLOCK = 512
 """Slots of a cache that many queries attend to at a time: on CPU the fastest of powers of two."""
@@ -70,12 +70,12 @@ def cached_attention(
     q: Float[Array, "b t h p"],
     k: Float[Array, "b t kv p"],
     v: Float[Array, "b t kv p"],
-    cached_k: Float[Array, "b kv u p"],
-    cached_v: Float[Array, "b kv u p"],
+    cached_k: Shaped[Array, "b kv u p"],
+    cached_v: Shaped[Array, "b kv u p"],
     slots: Int[Array, "b t"],
     real: Bool[Array, "b t"],
     scale: float,
-) -> tuple[Float[Array, "b t h p"], Float[Array, "b kv u p"], Float[Array, "b kv u p"]]:
+) -> tuple[Float[Array, "b t h p"], Shaped[Array, "b kv u p"], Shaped[Array, "b kv u p"]]:
     """Writes new keys and values into a cache, then attends to all of the row up to each query.
 
     In plain XLA on every platform, by blocks of slots; not differentiable in reverse.
@@ -83,7 +83,8 @@ def cached_attention(
     Args:
         q, k, v: of the new tokens.
         cached_k, cached_v: slots [0, slots[:, 0]) hold the tokens before; the others' content is not read. Heads stand
-            before slots, so that what a head reads is one piece of memory.
+            before slots, so that what a head reads is one piece of memory. Of a floating-point dtype, or of uint16 for
+            the bits of bfloat16; see `stored_dtype`.
         slots: where each new token goes, ascending along t. A slot past the end is not written.
         real: False at padding, which is not written either and whose output has no meaning.
         scale: factor on the scores.
@@ -93,15 +94,39 @@ def cached_attention(
     """
     row = jnp.arange(q.shape[0])[:, None]
     target = jnp.where(real, slots, cached_k.shape[2])
-    cached_k = cached_k.at[row, :, target].set(k.astype(cached_k.dtype), mode="drop")
-    cached_v = cached_v.at[row, :, target].set(v.astype(cached_v.dtype), mode="drop")
+    cached_k = cached_k.at[row, :, target].set(_stored(k, cached_k.dtype), mode="drop")
+    cached_v = cached_v.at[row, :, target].set(_stored(v, cached_v.dtype), mode="drop")
     return _attend_in_blocks(q, cached_k, cached_v, slots, real, scale), cached_k, cached_v
+
+
+def stored_dtype(dtype: DTypeLike) -> jnp.dtype:
+    """The dtype of a cache that is to hold keys and values of `dtype` on the platform of what is traced now.
+
+    On CPU bfloat16 is held as its bits: XLA cuts and writes it as float32 there, and would turn the whole cache into
+    that and back for every token.
+    """
+    bits = jnp.dtype(dtype) == jnp.bfloat16 and platform() == "cpu"
+    return jnp.dtype(jnp.uint16 if bits else dtype)
+
+
+def _stored(array: Float[Array, "*_"], dtype: jnp.dtype) -> Shaped[Array, "*_"]:
+    """As a cache of `dtype` holds it."""
+    if dtype == jnp.uint16:
+        return jax.lax.bitcast_convert_type(array.astype(jnp.bfloat16), dtype)
+    return array.astype(dtype)
+
+
+def _read(stored: Shaped[Array, "*_"], dtype: DTypeLike) -> Float[Array, "*_"]:
+    """What a cache holds, in `dtype`."""
+    if stored.dtype == jnp.uint16:
+        stored = jax.lax.bitcast_convert_type(stored, jnp.bfloat16)
+    return stored.astype(dtype)
 
 
 def _attend_in_blocks(
     q: Float[Array, "b t h p"],
-    k: Float[Array, "b kv u p"],
-    v: Float[Array, "b kv u p"],
+    k: Shaped[Array, "b kv u p"],
+    v: Shaped[Array, "b kv u p"],
     slots: Int[Array, "b t"],
     real: Bool[Array, "b t"],
     scale: float,
@@ -123,7 +148,7 @@ def _attend_in_blocks(
         start = jnp.minimum(i * size, u - size)  # the last block may overlap the one before it
         at = start + jnp.arange(size)
         visible = (at >= i * size) & (at <= last)
-        block_k, block_v = (jax.lax.dynamic_slice_in_dim(x, start, size, axis=2).astype(q.dtype) for x in (k, v))
+        block_k, block_v = (_read(jax.lax.dynamic_slice_in_dim(x, start, size, axis=2), q.dtype) for x in (k, v))
         scores = jax.lax.dot_general(q, block_k, (((3,), (3,)), matrices), preferred_element_type=wide) * scale
         scores = jnp.where(visible, scores, -jnp.inf)
         new_top = jnp.maximum(top, scores.max(axis=-1, keepdims=True))
@@ -140,7 +165,7 @@ def _attend_in_blocks(
     return (out / total).reshape(b, h, t, p).swapaxes(1, 2).astype(q.dtype)
 
 
-def _block_size(k: Float[Array, "b kv u p"], queries: int) -> int:
+def _block_size(k: Shaped[Array, "b kv u p"], queries: int) -> int:
     """Slots that are attended to at a time."""
     if queries > 1:
         return BLOCK

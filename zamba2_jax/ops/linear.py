@@ -53,6 +53,16 @@ def _backward(dtype: jnp.dtype, saved: tuple[Array, Array], cotangent: Array) ->
 _matmul.defvjp(_forward, _backward)
 
 
+def matmul_transposed(
+    x: Float[Array, "*batch i"], w: Float[Array, "o i"], *, dtype: DTypeLike | None = None
+) -> Float[Array, "*batch o"]:
+    """x @ w.T, else as `matmul`: for a weight held by outputs, as an embedding is.
+
+    On CPU XLA writes a bfloat16 matrix whose transpose it is given anew, in float32.
+    """
+    return _product(x, w, (x.ndim - 1,), (1,), jnp.dtype(dtype or x.dtype))
+
+
 def _product(a: Array, b: Array, a_axes: Axes, b_axes: Axes, dtype: jnp.dtype) -> Array:
     """The sum over some axes of each; the rest of b's axes follow the rest of a's."""
     highest = jax.config.jax_default_matmul_precision == "highest"  # type: ignore[attr-defined]
@@ -64,12 +74,16 @@ def _product(a: Array, b: Array, a_axes: Axes, b_axes: Axes, dtype: jnp.dtype) -
 
 
 def _bfloat16_on_cpu(a: Array, b: Array, a_axes: Axes, b_axes: Axes) -> Array:
-    """In the form that is fast, in float32."""
-    is_row = a.size == math.prod(a.shape[i] for i in a_axes)
-    if is_row:
+    """In the form that is fast, in float32: a vector is a matrix of two, the other one zero."""
+    inner = math.prod(a.shape[i] for i in a_axes)
+    a_is_vector, b_is_vector = a.size == inner, b.size == inner
+    if a_is_vector:
         a, a_axes = jnp.stack([a, jnp.zeros_like(a)]), tuple(i + 1 for i in a_axes)
+    if b_is_vector:
+        b = jnp.stack([b, jnp.zeros_like(b)], axis=-1)
     y = jax.lax.dot_general(a, b, ((a_axes, b_axes), ((), ())), preferred_element_type=jnp.float32)
-    return y[0] if is_row else y
+    y = y[0] if a_is_vector else y
+    return y[..., 0] if b_is_vector else y
 
 
 def _blocked(a: Array, b: Array, a_axes: Axes, b_axes: Axes) -> Array:

@@ -111,7 +111,8 @@ def _forward(x, dt, log_decay, B, C, D, initial_state, chunk_size, window):
             y_now += D_of_head * tokens.x
         return (now.end, _put(y, y_now, i)), state
 
-    first = _state_by_groups(state, g), jnp.zeros_like(arrays[0])
+    # Results begin as the inputs in whose place every number is written: zeros of all layers XLA would make at once.
+    first = _state_by_groups(state, g), arrays[0]
     (end, y), states = jax.lax.scan(step, first, jnp.arange(-(-t // (chunk_size * window))))
     results = y[:, :t], _state_by_heads(end, p)
     return results, (x, dt, log_decay, B, C, D, initial_state, states)
@@ -133,7 +134,7 @@ def _backward(chunk_size, window, residuals, cotangents):
             d_D += jnp.sum(_sum(d_y_now * tokens.x, -1), axis=(0, 1, 3))
         return (d_start, d_D, [_put(a, d, i) for a, d in zip(gradients, (d_x, *others), strict=True)]), None
 
-    first = d_end, jnp.zeros((g, h // g), wide), [jnp.zeros_like(a) for a in arrays]
+    first = d_end, jnp.zeros((g, h // g), wide), arrays
     (d_start, d_D, gradients), _ = jax.lax.scan(step, first, (jnp.arange(len(states)), states), reverse=True)
     return (
         *(d[:, :t] for d in gradients),
