@@ -46,8 +46,14 @@ Generate = Callable[[np.ndarray, int], Any]
 
 def ours(dtype: str) -> Generate:
     """Continues rows of tokens [b, t] by some more, with our model of random weights."""
-    model = jax.jit(lambda: Zamba2(Zamba2Config.preset(PRESET), rngs=nnx.Rngs(0), dtype=dtype))()
-    jax.block_until_ready(model)  # making it takes more memory than anything after that
+    rng = np.random.default_rng(0)
+
+    def random(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        return jnp.asarray(0.02 * rng.standard_normal(leaf.shape, np.float32), leaf.dtype)
+
+    # One after the other: made all at once, they take more memory than anything that is measured.
+    shapes = jax.eval_shape(lambda: Zamba2(Zamba2Config.preset(PRESET), rngs=nnx.Rngs(0), dtype=dtype))
+    model = jax.tree.map(random, shapes)
     return lambda prompts, new: generate(model, prompts.tolist(), new, slots=len(prompts))
 
 

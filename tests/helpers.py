@@ -61,7 +61,7 @@ def random_model(config=TINY, dtype=jnp.float32, seed=0):
     def draw(path, leaf):
         name, noise = jax.tree_util.keystr(path), rng.standard_normal(leaf.shape)
         if leaf.ndim > 1:
-            noise /= 1 if "embed" in name else np.sqrt(leaf.shape[0])
+            noise /= 1 if "embed" in name else np.sqrt(leaf.shape[0 if "conv" in name else 1])
             noise /= 3 if "mamba.out" in name else 1  # else the layers amplify rounding, in one token in a hundred
         elif "norm" in name:
             noise = 1 + noise / 4

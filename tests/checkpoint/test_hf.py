@@ -295,18 +295,18 @@ def test_copies_may_be_stored_if_they_are_equal(tmp_path, copy, original):
 SPECS = {
     "embed": ("tensor", "fsdp"),
     "norm": (None,),
-    "layers.0.mamba.in_x": ("fsdp", "tensor"),
-    "layers.0.mamba.in_bc": ("fsdp", None),
-    "layers.0.mamba.in_dt": ("fsdp", "tensor"),
+    "layers.0.mamba.in_x": ("tensor", "fsdp"),
+    "layers.0.mamba.in_bc": (None, "fsdp"),
+    "layers.0.mamba.in_dt": ("tensor", "fsdp"),
     "layers.0.mamba.conv_x": (None, "tensor"),
     "layers.0.mamba.conv_bc": (None, None),
     "layers.0.mamba.A_log": ("tensor",),
-    "layers.0.mamba.out": ("tensor", "fsdp"),
-    "shared.1.attention.o": ("tensor", "fsdp"),
-    "shared.1.mlp.up": ("fsdp", "tensor"),
-    "calls.2.attention.q_b": (None, ("tensor", "fsdp")),
-    "calls.2.mlp_a": ("fsdp", None),
-    "calls.2.linear": ("fsdp", None),
+    "layers.0.mamba.out": ("fsdp", "tensor"),
+    "shared.1.attention.o": ("fsdp", "tensor"),
+    "shared.1.mlp.up": ("tensor", "fsdp"),
+    "calls.2.attention.q_b": (("tensor", "fsdp"), None),
+    "calls.2.mlp_a": (None, "fsdp"),
+    "calls.2.linear": (None, "fsdp"),
 }
 
 

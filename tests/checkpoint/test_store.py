@@ -64,7 +64,7 @@ def test_another_architecture_is_refused_with_all_differences(tmp_path):
     message = str(error.value)
     assert "head: missing in the checkpoint" in message
     assert "layers.3.mamba.in_z: missing in the checkpoint" in message
-    assert "shared.0.mlp.gate: float32[24, 40] in the checkpoint, expected float32[24, 44]" in message
+    assert "shared.0.mlp.gate: float32[40, 24] in the checkpoint, expected float32[44, 24]" in message
     assert "layers.2" not in message
     shorter = dataclasses.replace(SMALL, num_layers=2, hybrid_layer_ids=(0,))
     with pytest.raises(ValueError, match=r"layers\.2\.norm: in the checkpoint only"):

@@ -1,6 +1,7 @@
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -115,15 +116,23 @@ def test_requests_of_all_kinds_run_in_the_same_programs(model):
     assert (module._run._cache_size(), module._insert._cache_size(), prefill_donated._cache_size()) == before
 
 
+def test_bfloat16_streams_what_it_gives_at_once():
+    """On CPU it has a program without a loop, out of which no copies of the weights are carried."""
+    model = random_model(UNTIED, dtype=jnp.bfloat16)
+    requests = [Request(prompt_of(length), 7, Sampling(temperature=1.3, seed=length)) for length in (5, 21)]
+    once, streamed = (run(engine_of(model), requests, streaming=streaming) for streaming in (False, True))
+    assert once == streamed
+
+
 def test_a_stop_token_ends_its_request_alone(model):
     prompts = [prompt_of(length, seed=length) for length in (5, 3)]
     free = run(engine_of(model), [Request(prompt, 20) for prompt in prompts])
     stop = free[0].tokens[4]
-    at = free[0].tokens.index(stop)
+    at, never = free[0].tokens.index(stop), next(token for token in range(V) if token not in free[0].tokens)
     for streaming in (False, True):
         stopped, other = run(
             engine_of(model, decode=spell),
-            [Request(prompts[0], 20, stop_tokens=[stop, 0]), Request(prompts[1], 20)],
+            [Request(prompts[0], 20, stop_tokens=[stop, never]), Request(prompts[1], 20)],
             streaming=streaming,
         )
         assert (stopped.tokens, stopped.finish) == (free[0].tokens[: at + 1], "stop")

@@ -32,10 +32,10 @@ def convolve(x, taps, bias):
 
 
 def mamba(m, u, c):
-    z = u @ array(m.in_z) + array(m.in_z_bias)
-    x = u @ array(m.in_x) + array(m.in_x_bias)
-    bc = u @ array(m.in_bc) + array(m.in_bc_bias)
-    dt = u @ array(m.in_dt) + array(m.in_dt_bias) + array(m.dt_bias)
+    z = u @ array(m.in_z).T + array(m.in_z_bias)
+    x = u @ array(m.in_x).T + array(m.in_x_bias)
+    bc = u @ array(m.in_bc).T + array(m.in_bc_bias)
+    dt = u @ array(m.in_dt).T + array(m.in_dt_bias) + array(m.dt_bias)
     dt = np.clip(np.log1p(np.exp(dt)), *c.time_step_limit)
     x = silu(convolve(x, m.conv_x, m.conv_x_bias)).reshape(len(u), c.mamba_heads, -1)
     bc = silu(convolve(bc, m.conv_bc, m.conv_bc_bias)).reshape(len(u), 2 * c.ngroups, c.d_state)
@@ -50,7 +50,7 @@ def mamba(m, u, c):
             y[i, head] = state @ C + array(m.D)[head] * x[i, head]
     gated = (y.reshape(z.shape) * silu(z)).reshape(len(u), c.ngroups, -1)
     gated /= np.sqrt(np.mean(gated**2, axis=-1, keepdims=True) + 1e-5)
-    return gated.reshape(z.shape) * array(m.norm) @ array(m.out) + array(m.out_bias)
+    return gated.reshape(z.shape) * array(m.norm) @ array(m.out).T + array(m.out_bias)
 
 
 def rotate(x, position, theta):
@@ -61,9 +61,9 @@ def rotate(x, position, theta):
 
 def attention(a, adapters, x, positions, c):
     def project(name):
-        y = x @ array(getattr(a, name))
+        y = x @ array(getattr(a, name)).T
         if adapters is not None:
-            y += x @ array(getattr(adapters, f"{name}_a")) @ array(getattr(adapters, f"{name}_b"))
+            y += x @ array(getattr(adapters, f"{name}_a")).T @ array(getattr(adapters, f"{name}_b")).T
         y = y.reshape(len(x), -1, c.attention_head_dim)
         if c.use_rope and name != "v":
             y = np.stack([[rotate(head, i, c.rope_theta) for head in row] for row, i in zip(y, positions, strict=True)])
@@ -76,16 +76,16 @@ def attention(a, adapters, x, positions, c):
         for i in range(len(x)):
             weights = np.exp(k[: i + 1, kv] @ q[i, head] / math.sqrt(c.attention_head_dim / 2))
             out[i, head] = weights / weights.sum() @ v[: i + 1, kv]
-    return out.reshape(len(x), -1) @ array(a.o)
+    return out.reshape(len(x), -1) @ array(a.o).T
 
 
 def shared(block, call, h, embedded, positions, c):
     x = rms_norm(np.concatenate([h, embedded], axis=-1), block.norm, c.rms_norm_eps)
     x = rms_norm(attention(block.attention, call.attention, x, positions, c), block.mlp_norm, c.rms_norm_eps)
-    low, mlp = x @ array(call.mlp_a), block.mlp
-    gate = x @ array(mlp.gate) + array(mlp.gate_bias) + low @ array(call.gate_b)
-    up = x @ array(mlp.up) + array(mlp.up_bias) + low @ array(call.up_b)
-    return (gelu(gate) * up @ array(mlp.down) + array(mlp.down_bias)) @ array(call.linear)
+    low, mlp = x @ array(call.mlp_a).T, block.mlp
+    gate = x @ array(mlp.gate).T + array(mlp.gate_bias) + low @ array(call.gate_b).T
+    up = x @ array(mlp.up).T + array(mlp.up_bias) + low @ array(call.up_b).T
+    return (gelu(gate) * up @ array(mlp.down).T + array(mlp.down_bias)) @ array(call.linear).T
 
 
 def logits(model, tokens, positions):
@@ -98,5 +98,5 @@ def logits(model, tokens, positions):
             block = model.shared[call % c.num_shared_blocks]
             given, call = shared(block, model.calls[call], h, embedded, positions, c), call + 1
         h = h + mamba(layer.mamba, rms_norm(h + given, layer.norm, c.rms_norm_eps), c)
-    head = array(model.embed).T if model.head is None else array(model.head)
-    return rms_norm(h, model.norm, c.rms_norm_eps) @ head
+    head = array(model.embed if model.head is None else model.head)
+    return rms_norm(h, model.norm, c.rms_norm_eps) @ head.T

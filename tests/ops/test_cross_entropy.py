@@ -12,7 +12,7 @@ b, t, d, v = 2, 7, 5, 11
 
 
 def plain(h, w, targets, weights, z_loss=0.0):
-    logits = h @ w
+    logits = h @ w.T
     normalizer = jnp.log(jnp.exp(logits).sum(axis=-1))
     nll = normalizer - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return jnp.sum(weights * (nll + z_loss * normalizer**2)), jnp.sum(weights * nll)
@@ -22,7 +22,7 @@ def arguments():
     rng = np.random.default_rng(0)
     weights = rng.uniform(size=(b, t))
     weights[0, 3], weights[1] = 0, 0
-    return normal(b, t, d), normal(d, v), jnp.asarray(rng.integers(0, v, (b, t))), jnp.asarray(weights)
+    return normal(b, t, d), normal(v, d), jnp.asarray(rng.integers(0, v, (b, t))), jnp.asarray(weights)
 
 
 @partial(jax.jit, static_argnames=("loss", "z_loss", "chunk_size"))
@@ -67,7 +67,7 @@ def test_bfloat16_is_summed_in_float32():
 
 def test_logits_are_never_all_in_memory():
     rows, length, width, vocab = 1, 2048, 16, 4096
-    h, w = jnp.zeros((rows, length, width)), jnp.zeros((width, vocab))
+    h, w = jnp.zeros((rows, length, width)), jnp.zeros((vocab, width))
     targets, weights = jnp.zeros((rows, length), int), jnp.zeros((rows, length))
 
     def temporaries(loss, **options):

@@ -1,7 +1,7 @@
 """Where each parameter of the model lies in a Hugging Face checkpoint: the one table, for reading and for writing.
 
 A published tensor holds one parameter, or several stacked along its rows: `in_proj` is z, x, (B, C) and dt;
-`gate_up_proj` is gate and up. Its rows are outputs ([out, in], as torch keeps a linear layer); ours are inputs.
+`gate_up_proj` is gate and up. The rows of a matrix are outputs there as here.
 """
 
 from collections.abc import Iterator
@@ -17,30 +17,24 @@ class Form(Enum):
     """How a parameter and its rows of a tensor relate."""
 
     SAME = "same"
-    """Vectors and the embedding: as they are."""
-    TRANSPOSED = "transposed"
-    """Matrices: [in, out] here, [out, in] there."""
+    """All but taps: as they are."""
     CONV = "conv"
     """Depthwise taps: [taps, channels] here, [channels, 1, taps] there."""
 
     def to_hf(self, array: np.ndarray) -> np.ndarray:
         """A parameter as its rows of the tensor."""
-        if self is Form.SAME:
-            return array
-        return array.T if self is Form.TRANSPOSED else array.T[:, None, :]
+        return array if self is Form.SAME else array.T[:, None, :]
 
     def from_hf(self, rows: np.ndarray) -> np.ndarray:
         """Rows of a tensor as a parameter."""
-        if self is Form.SAME:
-            return rows
-        return rows.T if self is Form.TRANSPOSED else rows[:, 0, :].T
+        return rows if self is Form.SAME else rows[:, 0, :].T
 
     def rows_index(self, index: tuple[slice, ...]) -> tuple[slice, ...]:
         """The index into the rows of a tensor that selects what `index` selects of the parameter."""
         if self is Form.SAME:
             return index
-        inputs, outputs = index
-        return (outputs, inputs) if self is Form.TRANSPOSED else (outputs, slice(None), inputs)
+        taps, channels = index
+        return channels, slice(None), taps
 
 
 class Part(NamedTuple):
@@ -61,9 +55,9 @@ class Tensor(NamedTuple):
     Attributes:
         name: in the current layout.
         aliases: its names in older layouts.
-        form: how its parameters are laid out.
         shape: of the whole tensor.
         parts: what is stacked along its rows, in order.
+        form: how its parameters are laid out.
         copies: names under which files may hold the same values again: the head of a tied model, and a shared block
             at the later layers that call it. transformers 5 shares blocks only where it ties the head too, so a file
             of an untied model has the copies.
@@ -71,9 +65,9 @@ class Tensor(NamedTuple):
 
     name: str
     aliases: tuple[str, ...]
-    form: Form
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
+    form: Form = Form.SAME
     copies: tuple[str, ...] = ()
 
     def split(self, array: np.ndarray) -> dict[str, np.ndarray]:
@@ -86,7 +80,7 @@ class Tensor(NamedTuple):
 def tensors(config: Zamba2Config) -> list[Tensor]:
     """The table: every tensor of a checkpoint of this model, each parameter in exactly one of them."""
     v, d = config.vocab_size, config.hidden_size
-    table = [_tensor("model.embed_tokens.weight", (), Form.SAME, (v, d), ("embed", v))]
+    table = [_tensor("model.embed_tokens.weight", (), (v, d), ("embed", v))]
     if config.tie_embeddings:
         table[0] = table[0]._replace(copies=("lm_head.weight",))
     for row in config.layer_plan:
@@ -95,9 +89,9 @@ def tensors(config: Zamba2Config) -> list[Tensor]:
             table += _call_tensors(config, row.layer, row.hybrid)
     for block in range(config.num_shared_blocks):
         table += _block_tensors(config, block)
-    table.append(_tensor("model.final_layernorm.weight", (), Form.SAME, (d,), ("norm", d)))
+    table.append(_tensor("model.final_layernorm.weight", (), (d,), ("norm", d)))
     if not config.tie_embeddings:
-        table.append(_tensor("lm_head.weight", (), Form.TRANSPOSED, (v, d), ("head", v)))
+        table.append(_tensor("lm_head.weight", (), (v, d), ("head", v)))
     return table
 
 
@@ -118,8 +112,8 @@ def ignored(config: Zamba2Config, name: str) -> bool:
     return int(block) < config.num_shared_blocks and int(slot) % config.num_shared_blocks != int(block)
 
 
-def _tensor(name: str, aliases: tuple[str, ...], form: Form, shape: tuple[int, ...], *parts: tuple[str, int]) -> Tensor:
-    return Tensor(name, aliases, form, shape, tuple(Part(*part) for part in parts))
+def _tensor(name: str, aliases: tuple[str, ...], shape: tuple[int, ...], *parts: tuple[str, int]) -> Tensor:
+    return Tensor(name, aliases, shape, tuple(Part(*part) for part in parts))
 
 
 def _mamba_tensors(config: Zamba2Config, layer: int, hybrid: HybridPlan | None) -> Iterator[Tensor]:
@@ -128,16 +122,15 @@ def _mamba_tensors(config: Zamba2Config, layer: int, hybrid: HybridPlan | None) 
     old = f"model.mamba_layers.{layer}."
     ours = f"layers.{layer}."
 
-    def tensor(name: str, form: Form, tail: tuple[int, ...], *parts: tuple[str, int], also: str = "") -> Tensor:
+    def tensor(name: str, tail: tuple[int, ...], *parts: tuple[str, int], also: str = "") -> Tensor:
         aliases = (old + name, *([old + also] if also else []))
         shape = (sum(rows for _, rows in parts), *tail)
-        return _tensor(current + name, aliases, form, shape, *((ours + path, rows) for path, rows in parts))
+        return _tensor(current + name, aliases, shape, *((ours + path, rows) for path, rows in parts))
 
     in_parts = [("in_z", e), ("in_x", e), ("in_bc", bc), ("in_dt", h)]
-    yield tensor("input_layernorm.weight", Form.SAME, (), ("norm", d))
+    yield tensor("input_layernorm.weight", (), ("norm", d))
     yield tensor(
         "mamba.in_proj.weight",
-        Form.TRANSPOSED,
         (d,),
         *((f"mamba.{part}", rows) for part, rows in in_parts),
         also="mamba.in_proj.0.weight",
@@ -145,18 +138,18 @@ def _mamba_tensors(config: Zamba2Config, layer: int, hybrid: HybridPlan | None) 
     if config.add_bias_linear:
         yield tensor(
             "mamba.in_proj.bias",
-            Form.SAME,
             (),
             *((f"mamba.{part}_bias", rows) for part, rows in in_parts),
             also="mamba.in_proj.0.bias",
         )
-        yield tensor("mamba.out_proj.bias", Form.SAME, (), ("mamba.out_bias", d))
-    yield tensor("mamba.conv1d.weight", Form.CONV, (1, config.d_conv), ("mamba.conv_x", e), ("mamba.conv_bc", bc))
-    yield tensor("mamba.conv1d.bias", Form.SAME, (), ("mamba.conv_x_bias", e), ("mamba.conv_bc_bias", bc))
+        yield tensor("mamba.out_proj.bias", (), ("mamba.out_bias", d))
+    taps = tensor("mamba.conv1d.weight", (1, config.d_conv), ("mamba.conv_x", e), ("mamba.conv_bc", bc))
+    yield taps._replace(form=Form.CONV)
+    yield tensor("mamba.conv1d.bias", (), ("mamba.conv_x_bias", e), ("mamba.conv_bc_bias", bc))
     for vector in ("A_log", "D", "dt_bias"):
-        yield tensor(f"mamba.{vector}", Form.SAME, (), (f"mamba.{vector}", h))
-    yield tensor("mamba.norm.weight", Form.SAME, (), ("mamba.norm", e))
-    yield tensor("mamba.out_proj.weight", Form.TRANSPOSED, (e,), ("mamba.out", d))
+        yield tensor(f"mamba.{vector}", (), (f"mamba.{vector}", h))
+    yield tensor("mamba.norm.weight", (), ("mamba.norm", e))
+    yield tensor("mamba.out_proj.weight", (e,), ("mamba.out", d))
 
 
 def _call_tensors(config: Zamba2Config, layer: int, hybrid: HybridPlan) -> Iterator[Tensor]:
@@ -172,7 +165,7 @@ def _call_tensors(config: Zamba2Config, layer: int, hybrid: HybridPlan) -> Itera
             name = f"{module}_adapter_list.{i}.{j}.weight"
             old_name = f"{old_module}_lora_{side}_list.{i}.weight"
             owned = [(ours + path, rows) for path, rows in parts]
-            yield _shared_tensor(config, hybrid.block, name, old_name, Form.TRANSPOSED, shape, *owned)
+            yield _shared_tensor(config, hybrid.block, name, old_name, shape, *owned)
 
     if config.attention_adapters:
         for head, rows in (("q", size), ("k", kv_size), ("v", kv_size)):
@@ -183,7 +176,6 @@ def _call_tensors(config: Zamba2Config, layer: int, hybrid: HybridPlan) -> Itera
     yield _tensor(
         f"model.layers.{layer}.linear.weight",
         (f"model.linear_layers.{i}.weight",),
-        Form.TRANSPOSED,
         (d, d),
         (ours + "linear", d),
     )
@@ -194,14 +186,13 @@ def _shared_tensor(
     block: int,
     name: str,
     old_name: str,
-    form: Form,
     shape: tuple[int, ...],
     *parts: tuple[str, int],
 ) -> Tensor:
     """A tensor that lies with a shared block: at the first layer that calls it, and perhaps at the later ones."""
     layers = config.hybrid_layer_ids[block :: config.num_shared_blocks]
     first, *later = (f"model.layers.{layer}.shared_transformer.{name}" for layer in layers)
-    tensor = _tensor(first, (f"model.blocks.{block}.{old_name}",), form, shape, *parts)
+    tensor = _tensor(first, (f"model.blocks.{block}.{old_name}",), shape, *parts)
     return tensor._replace(copies=tuple(later))
 
 
@@ -209,23 +200,21 @@ def _block_tensors(config: Zamba2Config, block: int) -> Iterator[Tensor]:
     d, f, size = config.hidden_size, config.ffn_size, config.attention_size
     kv_size, ours = config.kv_size, f"shared.{block}."
 
-    def tensor(
-        name: str, form: Form, shape: tuple[int, ...], *parts: tuple[str, int], old_name: str | None = None
-    ) -> Tensor:
+    def tensor(name: str, shape: tuple[int, ...], *parts: tuple[str, int], old_name: str | None = None) -> Tensor:
         owned = [(ours + path, rows) for path, rows in parts]
-        return _shared_tensor(config, block, name, old_name or name, form, shape, *owned)
+        return _shared_tensor(config, block, name, old_name or name, shape, *owned)
 
-    yield tensor("input_layernorm.weight", Form.SAME, (size,), ("norm", size))
-    yield tensor("pre_ff_layernorm.weight", Form.SAME, (d,), ("mlp_norm", d))
+    yield tensor("input_layernorm.weight", (size,), ("norm", size))
+    yield tensor("pre_ff_layernorm.weight", (d,), ("mlp_norm", d))
     for head, rows in (("q", size), ("k", kv_size), ("v", kv_size)):
         part = (f"attention.{head}", rows)
-        yield tensor(f"self_attn.{head}_proj.weight", Form.TRANSPOSED, (rows, size), part)
-    yield tensor("self_attn.o_proj.weight", Form.TRANSPOSED, (d, size), ("attention.o", d))
-    kinds = [("weight", Form.TRANSPOSED, "")] + ([("bias", Form.SAME, "_bias")] if config.add_bias_linear else [])
-    for kind, form, suffix in kinds:
+        yield tensor(f"self_attn.{head}_proj.weight", (rows, size), part)
+    yield tensor("self_attn.o_proj.weight", (d, size), ("attention.o", d))
+    kinds = [("weight", ""), *([("bias", "_bias")] if config.add_bias_linear else [])]
+    for kind, suffix in kinds:
         up_tail, down_tail = ((d,), (f,)) if kind == "weight" else ((), ())
         up_parts = ((f"mlp.gate{suffix}", f), (f"mlp.up{suffix}", f))
         up_name, down_name = f"feed_forward.linear_fc1.{kind}", f"feed_forward.linear_fc2.{kind}"
-        yield tensor(f"feed_forward.gate_up_proj.{kind}", form, (2 * f, *up_tail), *up_parts, old_name=up_name)
+        yield tensor(f"feed_forward.gate_up_proj.{kind}", (2 * f, *up_tail), *up_parts, old_name=up_name)
         down = (f"mlp.down{suffix}", d)
-        yield tensor(f"feed_forward.down_proj.{kind}", form, (d, *down_tail), down, old_name=down_name)
+        yield tensor(f"feed_forward.down_proj.{kind}", (d, *down_tail), down, old_name=down_name)

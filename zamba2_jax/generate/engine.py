@@ -31,6 +31,7 @@ from zamba2_jax.generate.text import Decode, TextStream
 from zamba2_jax.model.cache import Cache, init_cache, placed
 from zamba2_jax.model.divided import row_axes
 from zamba2_jax.model.zamba2 import Zamba2
+from zamba2_jax.ops.placement import platform
 from zamba2_jax.sharding import constrain
 from zamba2_jax.typing import Array, DTypeLike, at_least_fp32
 
@@ -188,6 +189,8 @@ class Engine:
         self._model, self._chunk, self._text_of = model, chunk, decode
         self._rows = _empty_rows(model.config, slots, capacity, model.dtype)
         self._row: Cache | None = None
+        # Out of a loop XLA would carry copies of all weights of bfloat16 on CPU, other than its products read them.
+        self._one_by_one = model.dtype == jnp.bfloat16 and platform() == "cpu"
         self._tasks: list[_Task | None] = [None] * slots
         self._queue: deque[_Task] = deque()
         self._events: deque[Event] = deque()
@@ -294,7 +297,7 @@ class Engine:
 
         Args:
             streaming: whether tokens are given as soon as they are there; else up to `BLOCK` steps are run before the
-                host looks at them.
+                host looks at them (not in bfloat16 on CPU, where one is).
 
         Raises:
             RuntimeError: an exception has broken off a step before.
@@ -346,7 +349,7 @@ class Engine:
 
     def _decode(self, steps: int) -> None:
         """Up to `steps` tokens for every running request; fewer if one ends and another waits for its slot."""
-        self._rows, *block = _run(self._model, self._rows, steps, bool(self._queue))
+        self._rows, *block = _run(self._model, self._rows, None if self._one_by_one else steps, bool(self._queue))
         tokens, logprobs, counts = jax.device_get(block)
         for slot, count in enumerate(counts):
             self._record(slot, tokens[:count, slot].tolist(), logprobs[:count, slot].tolist())
@@ -473,22 +476,22 @@ def _insert(
     return _placed(rows), row.token[0], logprob[0]
 
 
-@partial(jax.jit, static_argnames="steps", donate_argnames="rows")
-def _run(model: Zamba2, rows: _Rows, steps: int, refill: bool) -> tuple[_Rows, Array, Array, Array]:
+@partial(jax.jit, donate_argnames="rows")
+def _run(model: Zamba2, rows: _Rows, steps: int | None, refill: bool) -> tuple[_Rows, Array, Array, Array]:
     """Up to `steps` tokens for every live row: until none is live, or, with `refill`, until one ends.
 
-    Nothing leaves the device before that. One step is no loop, out of which XLA would carry conversions of the weights
-    of bfloat16 that cost more than the step.
+    The loop is the same program for any number of steps; nothing leaves the device before it ends. None is one step
+    without a loop.
 
     Returns:
-        The rows; tokens and log-probabilities [steps, b]; and how many of them each row has, [b].
+        The rows; tokens and log-probabilities [BLOCK, b], [1, b] for None; and how many of them each row has, [b].
     """
-    begin, shape = rows, (steps, rows.token.shape[0])
+    begin, shape, most = rows, (1 if steps is None else BLOCK, rows.token.shape[0]), 1 if steps is None else steps
     tokens, logprobs = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, at_least_fp32(model.dtype))
 
     def go_on(carry: tuple[Array, _Rows, Array, Array]) -> Array:
         i, rows, *_ = carry
-        return (i < steps) & jnp.where(refill, (rows.live == begin.live).all(), rows.live.any())
+        return (i < most) & jnp.where(refill, (rows.live == begin.live).all(), rows.live.any())
 
     def step(carry: tuple[Array, _Rows, Array, Array]) -> tuple[Array, _Rows, Array, Array]:
         i, rows, tokens, logprobs = carry
@@ -497,7 +500,7 @@ def _run(model: Zamba2, rows: _Rows, steps: int, refill: bool) -> tuple[_Rows, A
         return i + 1, rows, tokens.at[i].set(rows.token), logprobs.at[i].set(logprob)
 
     first = jnp.int32(0), rows, tokens, logprobs
-    _, rows, tokens, logprobs = step(first) if steps == 1 else jax.lax.while_loop(go_on, step, first)
+    _, rows, tokens, logprobs = step(first) if steps is None else jax.lax.while_loop(go_on, step, first)
     return _placed(rows), tokens, logprobs, begin.left - rows.left
 
 

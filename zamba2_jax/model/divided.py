@@ -34,21 +34,21 @@ def embed(tokens: Int[Array, "b t"], table: Float[Array, "v d"], *, cached: bool
 
 def cross_entropy(
     h: Float[Array, "b t d"],
-    w: Float[Array, "d v"],
+    w: Float[Array, "v d"],
     targets: Int[Array, "b t"],
     weights: Float[Array, "b t"],
     *,
     z_loss: float,
     chunk_size: int,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """`ops.cross_entropy`, the head divided by columns: no device has logits of the whole vocabulary."""
+    """`ops.cross_entropy`, the head divided by rows: no device has logits of the whole vocabulary."""
     rows = row_axes(len(targets), cached=False)
     op = partial(ops.cross_entropy, z_loss=z_loss, chunk_size=chunk_size, vocab_axis=split_axis("vocab"))
 
     def part(*arrays: Array) -> tuple[Array, ...]:
         return tuple(jnp.reshape(of_device, (1, 1)) for of_device in op(*arrays))
 
-    run = per_device(part, [(*rows, None), (None, "vocab"), rows, rows], [rows, rows])
+    run = per_device(part, [(*rows, None), ("vocab", None), rows, rows], [rows, rows])
     objective, nll = run(h, w, targets, weights)
     return objective.sum(), nll.sum()
 

@@ -32,7 +32,7 @@ def next_token_loss(
 
 def loss_share(
     h: Float[Array, "b t d"],
-    w: Float[Array, "d v"],
+    w: Float[Array, "v d"],
     tokens: Int[Array, "b t"],
     segment_ids: Int[Array, "b t"] | None,
     *,

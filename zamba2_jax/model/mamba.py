@@ -38,10 +38,10 @@ class Mamba2(nnx.Module):
         matrix = normal(config.initializer_range)
         dt_init = inverse_softplus_log_uniform(config.time_step_min, config.time_step_max, config.time_step_floor)
         self.config = config
-        self.in_z = param(rngs, matrix, (d, e), ("d_model", "inner"), dtype)
-        self.in_x = param(rngs, matrix, (d, e), ("d_model", "inner"), dtype)
-        self.in_bc = param(rngs, matrix, (d, bc), ("d_model", None), dtype)
-        self.in_dt = param(rngs, matrix, (d, h), ("d_model", "heads"), dtype)
+        self.in_z = param(rngs, matrix, (e, d), ("inner", "d_model"), dtype)
+        self.in_x = param(rngs, matrix, (e, d), ("inner", "d_model"), dtype)
+        self.in_bc = param(rngs, matrix, (bc, d), (None, "d_model"), dtype)
+        self.in_dt = param(rngs, matrix, (h, d), ("heads", "d_model"), dtype)
         self.in_z_bias = optional_bias(config, rngs, e, dtype, "inner")
         self.in_x_bias = optional_bias(config, rngs, e, dtype, "inner")
         self.in_bc_bias = optional_bias(config, rngs, bc, dtype)
@@ -54,7 +54,7 @@ class Mamba2(nnx.Module):
         self.A_log = param(rngs, log_one_to_n, (h,), ("heads",), dtype)
         self.D = param(rngs, ones, (h,), ("heads",), dtype)
         self.norm = norm_scale(rngs, e, dtype, "inner")
-        self.out = param(rngs, matrix, (e, d), ("inner", "d_model"), dtype)
+        self.out = param(rngs, matrix, (d, e), ("d_model", "inner"), dtype)
         self.out_bias = optional_bias(config, rngs, d, dtype)
 
     def __call__(

@@ -21,9 +21,9 @@ class AttentionAdapters(nnx.Module):
 
     def __init__(self, config: Zamba2Config, *, rngs: Rngs, dtype: DTypeLike = jnp.float32):
         matrix = normal(config.initializer_range)
-        into = ((config.attention_size, config.adapter_rank), ("attention_in", "rank"))
-        out_of_q = ((config.adapter_rank, config.attention_size), ("rank", "adapter_out"))
-        out_of_kv = ((config.adapter_rank, config.kv_size), ("rank", "adapter_out"))
+        into = ((config.adapter_rank, config.attention_size), ("rank", "attention_in"))
+        out_of_q = ((config.attention_size, config.adapter_rank), ("adapter_out", "rank"))
+        out_of_kv = ((config.kv_size, config.adapter_rank), ("adapter_out", "rank"))
         self.q_a = param(rngs, matrix, *into, dtype)
         self.q_b = param(rngs, matrix, *out_of_q, dtype)
         self.k_a = param(rngs, matrix, *into, dtype)
@@ -39,10 +39,10 @@ class SharedCall(nnx.Module):
         d, f, a = config.hidden_size, config.ffn_size, config.adapter_rank
         matrix = normal(config.initializer_range)
         self.attention = AttentionAdapters(config, rngs=rngs, dtype=dtype) if config.attention_adapters else None
-        self.mlp_a = param(rngs, matrix, (d, a), ("d_model", "rank"), dtype)
-        self.gate_b = param(rngs, matrix, (a, f), ("rank", "adapter_out"), dtype)
-        self.up_b = param(rngs, matrix, (a, f), ("rank", "adapter_out"), dtype)
-        self.linear = param(rngs, matrix, (d, d), ("d_model", None), dtype)
+        self.mlp_a = param(rngs, matrix, (a, d), ("rank", "d_model"), dtype)
+        self.gate_b = param(rngs, matrix, (f, a), ("adapter_out", "rank"), dtype)
+        self.up_b = param(rngs, matrix, (f, a), ("adapter_out", "rank"), dtype)
+        self.linear = param(rngs, matrix, (d, d), (None, "d_model"), dtype)
 
 
 class SharedAttention(nnx.Module):
@@ -52,10 +52,10 @@ class SharedAttention(nnx.Module):
         size, kv_size = config.attention_size, config.kv_size
         matrix = normal(config.initializer_range)
         self.config = config
-        self.q = param(rngs, matrix, (size, size), ("attention_in", "attention_heads"), dtype)
-        self.k = param(rngs, matrix, (size, kv_size), ("attention_in", "attention_heads"), dtype)
-        self.v = param(rngs, matrix, (size, kv_size), ("attention_in", "attention_heads"), dtype)
-        self.o = param(rngs, matrix, (size, config.hidden_size), ("attention_heads", "d_model"), dtype)
+        self.q = param(rngs, matrix, (size, size), ("attention_heads", "attention_in"), dtype)
+        self.k = param(rngs, matrix, (kv_size, size), ("attention_heads", "attention_in"), dtype)
+        self.v = param(rngs, matrix, (kv_size, size), ("attention_heads", "attention_in"), dtype)
+        self.o = param(rngs, matrix, (config.hidden_size, size), ("d_model", "attention_heads"), dtype)
 
     def __call__(
         self,
@@ -93,9 +93,9 @@ class SharedMLP(nnx.Module):
     def __init__(self, config: Zamba2Config, *, rngs: Rngs, dtype: DTypeLike = jnp.float32):
         d, f = config.hidden_size, config.ffn_size
         matrix = normal(config.initializer_range)
-        self.gate = param(rngs, matrix, (d, f), ("d_model", "ffn"), dtype)
-        self.up = param(rngs, matrix, (d, f), ("d_model", "ffn"), dtype)
-        self.down = param(rngs, matrix, (f, d), ("ffn", "d_model"), dtype)
+        self.gate = param(rngs, matrix, (f, d), ("ffn", "d_model"), dtype)
+        self.up = param(rngs, matrix, (f, d), ("ffn", "d_model"), dtype)
+        self.down = param(rngs, matrix, (d, f), ("d_model", "ffn"), dtype)
         self.gate_bias = optional_bias(config, rngs, f, dtype, "ffn")
         self.up_bias = optional_bias(config, rngs, f, dtype, "ffn")
         self.down_bias = optional_bias(config, rngs, d, dtype)

@@ -13,7 +13,7 @@ from zamba2_jax.model.mamba import MambaLayer
 from zamba2_jax.model.parameter import KeyStream, norm_scale, param
 from zamba2_jax.model.shared import SharedBlock, SharedCall
 from zamba2_jax.model.tap import Tap, no_tap, scoped
-from zamba2_jax.ops.linear import matmul, matmul_transposed
+from zamba2_jax.ops.linear import linear
 from zamba2_jax.ops.norm import rms_norm
 from zamba2_jax.ops.segments import document_positions
 from zamba2_jax.ops.ssd import Implementation
@@ -49,7 +49,7 @@ class Zamba2(nnx.Module):
         self.shared = nnx.List([SharedBlock(config, rngs=keys, dtype=dtype) for _ in range(config.num_shared_blocks)])
         self.calls = nnx.List([SharedCall(config, rngs=keys, dtype=dtype) for _ in range(config.num_calls)])
         self.norm = norm_scale(keys, d, dtype)
-        self.head = None if config.tie_embeddings else param(keys, matrix, (d, v), ("d_model", "vocab"), dtype)
+        self.head = None if config.tie_embeddings else param(keys, matrix, (v, d), ("vocab", "d_model"), dtype)
 
     def __call__(
         self,
@@ -158,14 +158,12 @@ class Zamba2(nnx.Module):
 
     def logits(self, h: Float[Array, "*batch d"], *, dtype: DTypeLike | None = None) -> Float[Array, "*batch v"]:
         """The output head on the final norm's output; in `dtype`, by default that of h."""
-        if self.head is None:
-            return matmul_transposed(h, self.embed[...], dtype=dtype)
-        return matmul(h, self.head[...], dtype=dtype)
+        return linear(h, self.output_matrix, dtype=dtype)
 
     @property
-    def output_matrix(self) -> Float[Array, "d v"]:
+    def output_matrix(self) -> Float[Array, "v d"]:
         """The matrix of the output head, tied or not."""
-        return self.embed[...].T if self.head is None else self.head[...]
+        return (self.embed if self.head is None else self.head)[...]
 
     @property
     def dtype(self) -> jnp.dtype:

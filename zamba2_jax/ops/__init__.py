@@ -4,7 +4,7 @@ from zamba2_jax.ops.attention import cached_attention, causal_attention
 from zamba2_jax.ops.conv import causal_conv1d, causal_conv1d_step
 from zamba2_jax.ops.cross_entropy import cross_entropy
 from zamba2_jax.ops.embedding import embed
-from zamba2_jax.ops.linear import adapter, linear, matmul, matmul_transposed
+from zamba2_jax.ops.linear import adapter, linear
 from zamba2_jax.ops.norm import gated_rms_norm, rms_norm
 from zamba2_jax.ops.rope import rotate
 from zamba2_jax.ops.segments import document_index, document_positions
@@ -23,8 +23,6 @@ __all__ = [
     "embed",
     "gated_rms_norm",
     "linear",
-    "matmul",
-    "matmul_transposed",
     "rms_norm",
     "rotate",
     "ssd",

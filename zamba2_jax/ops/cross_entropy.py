@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 
 from zamba2_jax.ops.embedding import own_index
-from zamba2_jax.ops.linear import matmul
+from zamba2_jax.ops.linear import linear
 from zamba2_jax.typing import Array, Float, Int, Tree, at_least_fp32
 
 
 def cross_entropy(
     h: Float[Array, "b t d"],
-    w: Float[Array, "d v"],
+    w: Float[Array, "v d"],
     targets: Int[Array, "b t"],
     weights: Float[Array, "b t"],
     *,
@@ -23,7 +23,7 @@ def cross_entropy(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Sums over tokens of weights * (nll + z_loss * z^2), and of weights * nll, in at least float32.
 
-    nll = -ln softmax(h w)[target], in nats, and z = ln sum exp(h w), whose square the z-loss keeps small
+    nll = -ln softmax(h w.T)[target], in nats, and z = ln sum exp(h w.T), whose square the z-loss keeps small
     (arXiv:2204.02311, section 5). The first sum is differentiable once, in reverse; no gradient flows through the
     second.
 
@@ -38,7 +38,7 @@ def cross_entropy(
         weights: of each position's loss; 0 leaves it out.
         z_loss: weight of the z-loss.
         chunk_size: positions per chunk.
-        vocab_axis: inside `jax.shard_map`, the axis of the mesh that w is divided over, by columns.
+        vocab_axis: inside `jax.shard_map`, the axis of the mesh that w is divided over, by rows.
     """
     objective, nll = _sums(h, w, targets, weights.astype(at_least_fp32(h.dtype)), z_loss, chunk_size, vocab_axis)
     return objective, jax.lax.stop_gradient(nll)
@@ -82,7 +82,7 @@ def _of_chunk(
     h: Array, w: Array, targets: Array, weights: Array, z_loss: float, vocab_axis: str | None
 ) -> tuple[Array, tuple[Array, Array]]:
     """The objective; and the sum of nll, and what each token's weight is multiplied by."""
-    logits = matmul(h, w.astype(h.dtype), dtype=weights.dtype)
+    logits = linear(h, w.astype(h.dtype), dtype=weights.dtype)
     log_p, normalizer = _log_probability(logits, targets, vocab_axis)
     terms = z_loss * jnp.square(normalizer) - log_p
     return jnp.sum(weights * terms), (-jnp.sum(weights * log_p), terms)

@@ -168,7 +168,7 @@ def evidence(
     for b, d_block in d_shared.items():
         yield _gradients(f"shared.{b}", d_block)
     d_embed = jnp.zeros(ends.embed.shape, embedded.dtype).at[tokens].add(d_embedded + cotangent)
-    yield {"gradient.embed": np.asarray(d_embed if d_matrix is None else d_embed + d_matrix.T)}
+    yield {"gradient.embed": np.asarray(d_embed if d_matrix is None else d_embed + d_matrix)}
 
 
 def _forward(parts: Parts, h: Array, embedded: Array, segment_ids: Array | None, precision: Precision):
@@ -213,7 +213,7 @@ def _head(eps: float, ends: Ends, h: Array, tokens: Array, segment_ids: Array | 
         picked = jnp.take_along_axis(log_p, tokens[:, 1:, None], axis=-1)[..., 0]
         return -jnp.sum(picked * predicted) / jnp.maximum(predicted.sum(), 1), logits
 
-    matrix = ends.embed.T if ends.head is None else ends.head
+    matrix = ends.embed if ends.head is None else ends.head
     norm, matrix = cast_matrices((ends.norm, matrix), precision.dtype)
     (loss, logits), gradients = jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True)(h, norm, matrix)
     return loss, logits, gradients

@@ -71,7 +71,7 @@ def evidence(
     if not gradients:
         return
     yield {"gradient.norm": numpy(d_norm)}
-    yield {"gradient.head": numpy(d_matrix).T}
+    yield {"gradient.head": numpy(d_matrix)}
     del leaves, d_matrix  # the largest tensors
 
     d_embedded = torch.zeros_like(embedded)
