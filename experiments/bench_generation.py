@@ -29,6 +29,7 @@ import numpy as np
 from flax import nnx
 
 from zamba2_jax import Zamba2, Zamba2Config, decode_step, generate, prefill
+from zamba2_jax.parity.ours import random_model
 from zamba2_jax.train.files import write_atomically
 
 RESULTS = Path(__file__).with_suffix(".json")
@@ -46,14 +47,7 @@ Generate = Callable[[np.ndarray, int], Any]
 
 def ours(dtype: str) -> Generate:
     """Continues rows of tokens [b, t] by some more, with our model of random weights."""
-    rng = np.random.default_rng(0)
-
-    def random(leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        return jnp.asarray(0.02 * rng.standard_normal(leaf.shape, np.float32), leaf.dtype)
-
-    # One after the other: made all at once, they take more memory than anything that is measured.
-    shapes = jax.eval_shape(lambda: Zamba2(Zamba2Config.preset(PRESET), rngs=nnx.Rngs(0), dtype=dtype))
-    model = jax.tree.map(random, shapes)
+    model = random_model(Zamba2Config.preset(PRESET), seed=0, dtype=dtype)
     return lambda prompts, new: generate(model, prompts.tolist(), new, slots=len(prompts))
 
 

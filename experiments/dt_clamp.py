@@ -18,7 +18,7 @@ import transformers
 
 from zamba2_jax import decode_step, prefill, save_hf
 from zamba2_jax.parity.case import VARIANTS
-from zamba2_jax.parity.check import random_model
+from zamba2_jax.parity.ours import random_model
 
 PROMPT, LENGTH = 8, 45
 

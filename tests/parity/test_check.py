@@ -10,8 +10,9 @@ from zamba2_jax.cli.parity import Parity
 from zamba2_jax.config import Zamba2Config
 from zamba2_jax.model import shared
 from zamba2_jax.parity.case import VARIANTS, Case
-from zamba2_jax.parity.check import check, random_model
+from zamba2_jax.parity.check import check
 from zamba2_jax.parity.evidence import GROUPS
+from zamba2_jax.parity.ours import random_model
 from zamba2_jax.parity.streaming import check_streaming
 
 SMALL = dataclasses.replace(VARIANTS["7b-miniature"].config, num_layers=2, hybrid_layer_ids=(0, 1))

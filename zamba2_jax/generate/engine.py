@@ -190,7 +190,7 @@ class Engine:
         self._rows = _empty_rows(model.config, slots, capacity, model.dtype)
         self._row: Cache | None = None
         # Out of a loop XLA would carry copies of all weights of bfloat16 on CPU, other than its products read them.
-        self._one_by_one = model.dtype == jnp.bfloat16 and platform() == "cpu"
+        self._loop = not (model.dtype == jnp.bfloat16 and platform() == "cpu")
         self._tasks: list[_Task | None] = [None] * slots
         self._queue: deque[_Task] = deque()
         self._events: deque[Event] = deque()
@@ -349,7 +349,7 @@ class Engine:
 
     def _decode(self, steps: int) -> None:
         """Up to `steps` tokens for every running request; fewer if one ends and another waits for its slot."""
-        self._rows, *block = _run(self._model, self._rows, None if self._one_by_one else steps, bool(self._queue))
+        self._rows, *block = _run(self._model, self._rows, steps, bool(self._queue), self._loop)
         tokens, logprobs, counts = jax.device_get(block)
         for slot, count in enumerate(counts):
             self._record(slot, tokens[:count, slot].tolist(), logprobs[:count, slot].tolist())
@@ -476,22 +476,22 @@ def _insert(
     return _placed(rows), row.token[0], logprob[0]
 
 
-@partial(jax.jit, donate_argnames="rows")
-def _run(model: Zamba2, rows: _Rows, steps: int | None, refill: bool) -> tuple[_Rows, Array, Array, Array]:
+@partial(jax.jit, static_argnames="loop", donate_argnames="rows")
+def _run(model: Zamba2, rows: _Rows, steps: int, refill: bool, loop: bool) -> tuple[_Rows, Array, Array, Array]:
     """Up to `steps` tokens for every live row: until none is live, or, with `refill`, until one ends.
 
-    The loop is the same program for any number of steps; nothing leaves the device before it ends. None is one step
-    without a loop.
+    The loop is the same program for any number of steps; nothing leaves the device before it ends. Without `loop` it is
+    one step, whatever `steps` says.
 
     Returns:
-        The rows; tokens and log-probabilities [BLOCK, b], [1, b] for None; and how many of them each row has, [b].
+        The rows; tokens and log-probabilities [BLOCK, b], or [1, b]; and how many of them each row has, [b].
     """
-    begin, shape, most = rows, (1 if steps is None else BLOCK, rows.token.shape[0]), 1 if steps is None else steps
+    begin, shape = rows, (BLOCK if loop else 1, rows.token.shape[0])
     tokens, logprobs = jnp.zeros(shape, jnp.int32), jnp.zeros(shape, at_least_fp32(model.dtype))
 
     def go_on(carry: tuple[Array, _Rows, Array, Array]) -> Array:
         i, rows, *_ = carry
-        return (i < most) & jnp.where(refill, (rows.live == begin.live).all(), rows.live.any())
+        return (i < steps) & jnp.where(refill, (rows.live == begin.live).all(), rows.live.any())
 
     def step(carry: tuple[Array, _Rows, Array, Array]) -> tuple[Array, _Rows, Array, Array]:
         i, rows, tokens, logprobs = carry
@@ -500,7 +500,7 @@ def _run(model: Zamba2, rows: _Rows, steps: int | None, refill: bool) -> tuple[_
         return i + 1, rows, tokens.at[i].set(rows.token), logprobs.at[i].set(logprob)
 
     first = jnp.int32(0), rows, tokens, logprobs
-    _, rows, tokens, logprobs = step(first) if steps is None else jax.lax.while_loop(go_on, step, first)
+    _, rows, tokens, logprobs = jax.lax.while_loop(go_on, step, first) if loop else step(first)
     return _placed(rows), tokens, logprobs, begin.left - rows.left
 
 

@@ -7,17 +7,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from zamba2_jax.checkpoint.hf import load_hf, save_hf
-from zamba2_jax.checkpoint.layout import tensors
-from zamba2_jax.config import Zamba2Config
-from zamba2_jax.model.parameter import with_values
-from zamba2_jax.model.zamba2 import Zamba2
 from zamba2_jax.parity import ours, reference
-from zamba2_jax.parity.case import Case, random_tensor
+from zamba2_jax.parity.case import Case
 from zamba2_jax.parity.evidence import GROUPS, Evidence, Items, Row, compare, summarize
 from zamba2_jax.parity.layerwise import ORACLE, evidence, parts_of, with_settings
 
@@ -106,7 +100,7 @@ def check(
         if directory is None:
             progress("making random weights")
             directory = scratch / "checkpoint"
-            save_hf(random_model(case.config, seed), directory, dtype=dtype)
+            save_hf(ours.random_model(case.config, seed), directory, dtype=dtype)
         theirs, our = Evidence(scratch / "torch"), Evidence(scratch / "ours")
 
         progress("PyTorch: outputs")
@@ -143,16 +137,6 @@ def check(
     rows.append(compare_tokens(our_tokens, their_tokens))
     full = case.config.hidden_size >= 1024
     return report(case.name, rows, limits_for(dtype, full=full))
-
-
-def random_model(config: Zamba2Config, seed: int) -> Zamba2:
-    """A model of the weights of `case.random_tensor`."""
-    values = {
-        path: jnp.asarray(array)
-        for tensor in tensors(config)
-        for path, array in tensor.split(random_tensor(tensor, seed)).items()
-    }
-    return with_values(jax.eval_shape(lambda: Zamba2(config, rngs=nnx.Rngs(0))), values)
 
 
 def compare_items(our: Evidence | Items, theirs: Evidence | Items, oracle: Items) -> Iterable[Row]:

@@ -4,7 +4,6 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ Items = Mapping[str, np.ndarray]
 """Some named arrays."""
 
 TILE = 2**18
-"""Values compared at a time: few enough for the cache. They are tiles because one side may be transposed in memory."""
+"""Values compared at a time: few enough for the cache."""
 THREADS = 2
 """That compare at once: more would wait for memory."""
 
@@ -76,25 +75,21 @@ def compare(name: str, group: str, ours: np.ndarray, torch: np.ndarray, oracle: 
     """
     if not ours.shape == torch.shape == oracle.shape:
         raise ValueError(f"{name}: ours has shape {ours.shape}, PyTorch's {torch.shape}, the oracle {oracle.shape}")
-    matrices = [x.reshape(-1, x.shape[-1] if x.ndim else 1) for x in (ours, torch, oracle)]
-    rows, columns = matrices[0].shape
-    height = min(rows, 2**8)
-    width = TILE // height
+    sides = [x.reshape(-1) for x in (ours, torch, oracle)]
 
     def square(x: np.ndarray) -> float:
         return float(np.einsum("i,i", x, x))  # not np.dot, it has threads itself
 
-    def tile(corner: tuple[int, int]) -> np.ndarray:
+    def tile(start: int) -> np.ndarray:
         """The largest difference, then the squares of the differences and of the sizes."""
-        part = slice(corner[0], corner[0] + height), slice(corner[1], corner[1] + width)
-        a, b, c = (x[part].astype(np.float64, order="C").ravel() for x in matrices)
+        a, b, c = (x[start : start + TILE].astype(np.float64) for x in sides)
         sizes, between = [square(b), square(c)], a - b
         a -= c
         b -= c
         return np.array([max(between.max(), -between.min()), square(between), square(a), square(b), *sizes])
 
     with ThreadPoolExecutor(THREADS) as threads:
-        tiles = np.array(list(threads.map(tile, product(range(0, rows, height), range(0, columns, width)))))
+        tiles = np.array(list(threads.map(tile, range(0, oracle.size, TILE))))
     largest = float(tiles[:, 0].max())
     if not np.isfinite(tiles).all():
         return Row(name, group, math.nan, math.nan, math.nan, math.nan, math.nan)

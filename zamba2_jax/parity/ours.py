@@ -5,14 +5,28 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
+from zamba2_jax.checkpoint.layout import tensors
+from zamba2_jax.config import Zamba2Config
 from zamba2_jax.generate import generate
 from zamba2_jax.model.loss import next_token_loss
-from zamba2_jax.model.parameter import named_parameters
+from zamba2_jax.model.parameter import named_parameters, with_values
 from zamba2_jax.model.tap import capture
 from zamba2_jax.model.zamba2 import Zamba2
-from zamba2_jax.parity.case import Batch
+from zamba2_jax.parity.case import Batch, random_tensor
 from zamba2_jax.parity.evidence import Items
+from zamba2_jax.typing import DTypeLike, param_dtype
+
+
+def random_model(config: Zamba2Config, seed: int, dtype: DTypeLike = jnp.float32) -> Zamba2:
+    """A model of the weights of `case.random_tensor`, in compute dtype `dtype`."""
+    values = {
+        path: jnp.asarray(array, param_dtype(array.ndim, dtype))
+        for tensor in tensors(config)
+        for path, array in tensor.split(random_tensor(tensor, seed)).items()
+    }
+    return with_values(jax.eval_shape(lambda: Zamba2(config, rngs=nnx.Rngs(0))), values)
 
 
 def forward(model: Zamba2, batch: Batch) -> Items:
