@@ -56,7 +56,7 @@ def plain_xla() -> Iterator[None]:
 
 def measure(config: Zamba2Config, shape: tuple[int, int], dtype: str, cases: dict[str, tuple[int | None, Any]]) -> None:
     """Prints a line for each case: tokens per document, or None for a row, and a context to trace in."""
-    model = jax.jit(lambda: Zamba2(config, rngs=nnx.Rngs(0), dtype=dtype))()
+    model = Zamba2(config, rngs=nnx.Rngs(0), dtype=dtype)
     tokens = jax.random.randint(jax.random.key(0), shape, 0, config.vocab_size)
     programs = {}
     for name, (document, context) in cases.items():

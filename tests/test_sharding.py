@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tests.helpers import SMALL, TINY, assert_close, random_model, random_tokens
-from zamba2_jax import capture, next_token_loss
+from zamba2_jax import Zamba2, capture, next_token_loss
 from zamba2_jax.model.parameter import named_parameters
 from zamba2_jax.sharding import MESH_AXES, check_mesh, constrain, gather_parameters, make_mesh, shard_model
 from zamba2_jax.train.data import Batch
@@ -88,6 +89,18 @@ def test_every_parameter_has_its_place():
         assert array.sharding == NamedSharding(mesh, spec), name
         split = 2 ** len(jax.tree.leaves(tuple(spec)))
         assert array.addressable_shards[0].data.size == array.size // split, name
+
+
+def test_a_fresh_model_begins_in_its_places_with_the_values_it_has_on_one_device():
+    config = dataclasses.replace(SMALL, tie_embeddings=False)
+    alone = named_parameters(Zamba2(config, rngs=nnx.Rngs(3)))
+    mesh = make_mesh(fsdp=2, tensor=2)
+    with jax.set_mesh(mesh):
+        placed = named_parameters(Zamba2(config, rngs=nnx.Rngs(3)))
+    for name, spec in PLACES.items():
+        array = placed[name][...]
+        assert array.sharding.is_equivalent_to(NamedSharding(mesh, spec), array.ndim), name
+        np.testing.assert_array_equal(array, alone[name][...], err_msg=name)
 
 
 def test_parameters_are_gathered_along_fsdp_alone_and_their_gradients_are_not():

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.nn.initializers import normal, ones
+from jax.nn.initializers import ones
 
 from zamba2_jax.config import GATED_NORM_EPS, Zamba2Config
 from zamba2_jax.model.cache import MambaState
@@ -14,6 +14,7 @@ from zamba2_jax.model.parameter import (
     inverse_softplus_log_uniform,
     log_one_to_n,
     norm_scale,
+    normal,
     optional_bias,
     param,
     value,

@@ -1,14 +1,17 @@
 """How a parameter is declared: once, with its shape, dtype, logical axes and initialiser."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.nn import initializers
 from jax.nn.initializers import ones, zeros
 
 from zamba2_jax.config import Zamba2Config
+from zamba2_jax.sharding import Axes, constrain
 from zamba2_jax.typing import DTypeLike, param_dtype
 
 
@@ -32,13 +35,23 @@ class KeyStream:
 Rngs = nnx.Rngs | KeyStream
 ModuleT = TypeVar("ModuleT", bound=nnx.Module)
 Initializer = Callable[[jax.Array, Sequence[int], DTypeLike], jax.Array]
+"""One object for all parameters that begin alike, so that a program is made per shape, not per parameter."""
+
+normal: Callable[[float], Initializer] = functools.cache(initializers.normal)
 
 
-def param(
-    rngs: Rngs, init: Initializer, shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: DTypeLike
-) -> nnx.Param:
-    """A parameter for a model of compute dtype `dtype`; `axes` names its dimensions for `zamba2_jax.sharding`."""
-    return nnx.Param(init(rngs.params(), shape, param_dtype(len(shape), dtype)), axes=axes)
+def param(rngs: Rngs, init: Initializer, shape: tuple[int, ...], axes: Axes, dtype: DTypeLike) -> nnx.Param:
+    """A parameter for a model of compute dtype `dtype`, on the mesh if one is set.
+
+    `axes` names its dimensions for `zamba2_jax.sharding`. Build models outside of `jax.jit`: there the programs of all
+    parameters become one, which takes minutes to compile.
+    """
+    return nnx.Param(_begin(rngs.params(), init, shape, axes, param_dtype(len(shape), dtype)), axes=axes)
+
+
+@functools.partial(jax.jit, static_argnames=("init", "shape", "axes", "dtype"))
+def _begin(key: jax.Array, init: Initializer, shape: tuple[int, ...], axes: Axes, dtype: DTypeLike) -> jax.Array:
+    return constrain(init(key, shape, dtype), *axes)
 
 
 def norm_scale(rngs: Rngs, size: int, dtype: DTypeLike, axis: str | None = None) -> nnx.Param:
@@ -64,6 +77,7 @@ def log_one_to_n(key: jax.Array, shape: Sequence[int], dtype: DTypeLike) -> jax.
     return jnp.log(jnp.arange(1, shape[0] + 1)).astype(dtype)
 
 
+@functools.cache
 def inverse_softplus_log_uniform(low: float, high: float, floor: float) -> Initializer:
     """dt_bias at first: softplus of it is log-uniform in [low, high], at least `floor`."""
 

@@ -3,12 +3,11 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.nn.initializers import normal
 
 from zamba2_jax.config import Zamba2Config
 from zamba2_jax.model.cache import KVCache
 from zamba2_jax.model.divided import cached_attention, causal_attention
-from zamba2_jax.model.parameter import Rngs, norm_scale, optional_bias, param, value
+from zamba2_jax.model.parameter import Rngs, norm_scale, normal, optional_bias, param, value
 from zamba2_jax.model.tap import Tap, no_tap, scoped
 from zamba2_jax.ops.linear import adapter, linear
 from zamba2_jax.ops.norm import rms_norm

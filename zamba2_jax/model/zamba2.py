@@ -4,13 +4,12 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 from flax import nnx
-from jax.nn.initializers import normal
 
 from zamba2_jax.config import Zamba2Config
 from zamba2_jax.model.cache import Cache, KVCache, MambaState, placed
 from zamba2_jax.model.divided import embed, row_axes
 from zamba2_jax.model.mamba import MambaLayer
-from zamba2_jax.model.parameter import KeyStream, norm_scale, param
+from zamba2_jax.model.parameter import KeyStream, norm_scale, normal, param
 from zamba2_jax.model.shared import SharedBlock, SharedCall
 from zamba2_jax.model.tap import Tap, no_tap, scoped
 from zamba2_jax.ops.linear import linear
@@ -33,7 +32,7 @@ class Zamba2(nnx.Module):
         shared: the shared blocks, each stored once; `config.layer_plan` says which layer calls which.
         calls: one `SharedCall` per call of a shared block.
         norm: scale of the final norm.
-        head: the output head, [d, v]; None where it is tied to `embed`.
+        head: the output head, [v, d]; None where it is tied to `embed`.
     """
 
     def __init__(self, config: Zamba2Config, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):

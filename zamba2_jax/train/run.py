@@ -10,7 +10,6 @@ from types import TracebackType
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -172,16 +171,10 @@ def _start(
     places = jax.tree.map(lambda leaf: leaf.sharding, like)
     if config.model.hf is not None:
         model = load_hf(config.model.hf, dtype=config.dtype, mesh=plan.mesh)
-        return jax.jit(lambda model: init_state(model, optimizer), out_shardings=places)(model), None
-
-    def begin() -> TrainState:
-        return init_state(_random_model(plan.architecture, config.seed, config.dtype), optimizer)
-
-    return jax.jit(begin, out_shardings=places)(), None
-
-
-def _random_model(config: Zamba2Config, seed: int, dtype: str) -> Zamba2:
-    return Zamba2(config, rngs=nnx.Rngs(seed), dtype=jnp.dtype(dtype))
+    else:
+        model = Zamba2(plan.architecture, rngs=nnx.Rngs(config.seed), dtype=config.dtype)
+    begin = jax.jit(lambda model: init_state(model, optimizer), out_shardings=places, donate_argnums=0)
+    return begin(model), None
 
 
 def _after_step(
