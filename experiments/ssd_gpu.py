@@ -2,9 +2,10 @@
 
 On a machine with an NVIDIA GPU. First compares results and gradients with the recurrence in float32, at the shapes of
 the released models; then times the scan in bfloat16, forward and with the gradient, and writes a JSON file beside this
-one. Where `mamba_ssm` can be imported (with torch and triton) it is timed too, at its own chunk size of 256.
+one, with a table per kind of device. Where `mamba_ssm` can be imported (with torch and triton) it is timed too, at its
+own chunk size of 256.
 
-    python experiments/ssd_gpu.py [--models zamba2-7b ...] [--shapes 4x4096 ...] [--tunings]
+    python experiments/ssd_gpu.py [--models zamba2-7b ...] [--shapes 4x4096 ...] [--no-xla] [--tunings]
 
 Two times of a call: what its kernels take on the device, by CUPTI, and what passes on the clock, of five calls one
 after the other. The second has the host's part in it, which is no one's inside of a larger compiled program.
@@ -52,6 +53,7 @@ TUNINGS = {
     )
 }
 Call = Callable[[], Any]
+Programs = dict[str, tuple[jax.stages.Compiled, jax.stages.Compiled]]
 Scan = Callable[..., tuple[jax.Array, jax.Array]]
 
 
@@ -104,9 +106,15 @@ def differences(got: Any, expected: Any) -> list[float]:
     return [float(np.linalg.norm(np.float64(a) - np.float64(e)) / np.linalg.norm(np.float64(e))) for a, e in pairs]
 
 
+def compiled(function: Callable[..., Any], inputs: Any) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
+    """Of arrays or shapes by name: the function, and the function with its gradient."""
+    forward, both = (jax.jit(f).lower(*inputs.values()).compile() for f in (function, partial(with_gradient, function)))
+    return forward, both
+
+
 def of_jax(function: Callable[..., Any], inputs: dict[str, jax.Array]) -> tuple[Call, Call]:
     """One call forward, and one with the gradient, compiled."""
-    forward, both = (jax.jit(f).lower(*inputs.values()).compile() for f in (function, partial(with_gradient, function)))
+    forward, both = compiled(function, inputs)
     return partial(forward, *inputs.values()), partial(both, *inputs.values())
 
 
@@ -163,19 +171,22 @@ def on_device(call: Call) -> float:
         return sum(event.duration_ns for line in streams for event in line.events) / CALLS / 1e6
 
 
-def contenders(model: str, rows: int, tokens: int, *, tunings: bool) -> dict[str, tuple[Call, Call]]:
-    """By name; without those that do not fit into memory."""
-    inputs, found = arguments(model, rows, tokens, "bfloat16"), {}
-    scans: dict[str, Scan] = {"pallas": kernels, "xla": partial(ssd, implementation="xla")}
-    if tunings:
-        scans |= {name: partial(kernels, tuning=tuning) for name, tuning in TUNINGS.items()}
+def programs(model: str, rows: int, tokens: int, scans: dict[str, Scan]) -> Programs:
+    """Scans compiled for a shape, by name."""
+    shapes = jax.eval_shape(partial(arguments, model, rows, tokens, "bfloat16"))
+    inputs = {name: shapes[name] for name in NAMES}  # which comes back sorted
     with ThreadPoolExecutor() as pool:
-        compiling = {name: pool.submit(of_jax, scan, inputs) for name, scan in scans.items()}
-    for name, compiled in compiling.items():
+        return dict(zip(scans, pool.map(partial(compiled, inputs=inputs), scans.values()), strict=True))
+
+
+def contenders(model: str, rows: int, tokens: int, scans: Programs) -> dict[str, tuple[Call, Call]]:
+    """By name, all called once; without those that do not fit into memory."""
+    inputs, found = arguments(model, rows, tokens, "bfloat16"), {}
+    for name, pair in scans.items():
         try:
-            for call in compiled.result():
-                wait(call())
-            found[name] = compiled.result()
+            for program in pair:
+                wait(program(*inputs.values()))
+            found[name] = partial(pair[0], *inputs.values()), partial(pair[1], *inputs.values())
         except jax.errors.JaxRuntimeError as error:
             print(f"    {name} left out: {str(error).splitlines()[0][:120]}")
     if importlib.util.find_spec("mamba_ssm"):
@@ -185,16 +196,19 @@ def contenders(model: str, rows: int, tokens: int, *, tunings: bool) -> dict[str
     return found
 
 
-def write(results: dict[str, Any]) -> None:
+def write(devices: dict[str, Any]) -> None:
     """All or nothing."""
-    write_atomically(OUTPUT, lambda path: path.write_text(json.dumps(results, indent=1) + "\n"))
+    write_atomically(OUTPUT, lambda path: path.write_text(json.dumps(devices, indent=1) + "\n"))
 
 
 def main() -> None:
     """Prints the tables and writes the file; exits with 1 if a result is wrong."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["zamba2-7b", "zamba2-1.2b", "zamba2-2.7b"])
-    parser.add_argument("--shapes", nargs="+", default=["1x2048", "1x4096", "1x16384", "4x4096", "8x2048", "8x16384"])
+    parser.add_argument(
+        "--shapes", nargs="+", default=["1x2048", "2x2048", "1x4096", "4x4096", "8x2048", "1x16384", "8x16384"]
+    )
+    parser.add_argument("--no-xla", action="store_true", help="without plain XLA, which takes long to compile")
     parser.add_argument("--tunings", action="store_true", help="other sizes of the kernels too")
     options = parser.parse_args()
     try:
@@ -202,25 +216,34 @@ def main() -> None:
     except RuntimeError:
         sys.exit("ssd_gpu.py needs an NVIDIA GPU: JAX sees none here")
 
-    results: dict[str, Any] = {"device": device.device_kind, "jax": jax.__version__, "errors": {}, "milliseconds": []}
+    results: dict[str, Any] = {"jax": jax.__version__, "errors": {}, "milliseconds": []}
+    devices = (json.loads(OUTPUT.read_text()) if OUTPUT.exists() else {}) | {device.device_kind: results}
     wrong = False
     for model in options.models:
         for dtype, limit in LIMITS.items():
             errors = results["errors"][f"{model} {dtype}"] = check(model, dtype)
             wrong |= not all(error <= limit for error in errors.values())  # NaN is wrong too
             print(f"{model} {dtype:9}", " ".join(f"{name} {error:.1e}" for name, error in errors.items()), flush=True)
-    write(results)
+    write(devices)
     if wrong:
         sys.exit(f"errors above {LIMITS}: nothing timed")
 
+    scans: dict[str, Scan] = {"pallas": kernels}
+    if not options.no_xla:
+        scans["xla"] = partial(ssd, implementation="xla")
+    if options.tunings:
+        scans |= {name: partial(kernels, tuning=tuning) for name, tuning in TUNINGS.items()}
+    shapes = [(int(rows), int(tokens)) for rows, tokens in (shape.split("x") for shape in options.shapes)]
     print("ms on the device, forward and with the gradient, and over those of pallas; ms on the clock")
     for model in options.models:
-        for rows, tokens in (map(int, shape.split("x")) for shape in options.shapes):
-            calls = contenders(model, rows, tokens, tunings=options.tunings)
+        with ThreadPoolExecutor() as pool:
+            compiling = [pool.submit(programs, model, *shape, scans) for shape in shapes]
+        for (rows, tokens), ready in zip(shapes, compiling, strict=True):
+            calls = contenders(model, rows, tokens, ready.result())
             times = {name: Times(*map(on_device, pair), *map(on_clock, pair)) for name, pair in calls.items()}
             rows_of_table = {name: value._asdict() for name, value in times.items()}
             results["milliseconds"].append({"model": model, "rows": rows, "tokens": tokens, **rows_of_table})
-            write(results)
+            write(devices)
             print(f"{model} {rows} x {tokens}")
             for name, (forward, both, *clock) in times.items():
                 ratios = (a / b for a, b in zip((forward, both), times["pallas"], strict=False))
