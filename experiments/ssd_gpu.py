@@ -53,7 +53,7 @@ TUNINGS = {
     )
 }
 Call = Callable[[], Any]
-Programs = dict[str, tuple[jax.stages.Compiled, jax.stages.Compiled]]
+Pair = tuple[jax.stages.Compiled, jax.stages.Compiled]
 Scan = Callable[..., tuple[jax.Array, jax.Array]]
 
 
@@ -106,7 +106,7 @@ def differences(got: Any, expected: Any) -> list[float]:
     return [float(np.linalg.norm(np.float64(a) - np.float64(e)) / np.linalg.norm(np.float64(e))) for a, e in pairs]
 
 
-def compiled(function: Callable[..., Any], inputs: Any) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
+def compiled(function: Callable[..., Any], inputs: Any) -> Pair:
     """Of arrays or shapes by name: the function, and the function with its gradient."""
     forward, both = (jax.jit(f).lower(*inputs.values()).compile() for f in (function, partial(with_gradient, function)))
     return forward, both
@@ -114,7 +114,12 @@ def compiled(function: Callable[..., Any], inputs: Any) -> tuple[jax.stages.Comp
 
 def of_jax(function: Callable[..., Any], inputs: dict[str, jax.Array]) -> tuple[Call, Call]:
     """One call forward, and one with the gradient, compiled."""
-    forward, both = compiled(function, inputs)
+    return of_programs(compiled(function, inputs), inputs)
+
+
+def of_programs(pair: Pair, inputs: dict[str, jax.Array]) -> tuple[Call, Call]:
+    """Calls of both with these inputs."""
+    forward, both = pair
     return partial(forward, *inputs.values()), partial(both, *inputs.values())
 
 
@@ -171,22 +176,23 @@ def on_device(call: Call) -> float:
         return sum(event.duration_ns for line in streams for event in line.events) / CALLS / 1e6
 
 
-def programs(model: str, rows: int, tokens: int, scans: dict[str, Scan]) -> Programs:
+def programs(model: str, rows: int, tokens: int, scans: dict[str, Scan]) -> dict[str, Pair]:
     """Scans compiled for a shape, by name."""
     shapes = jax.eval_shape(partial(arguments, model, rows, tokens, "bfloat16"))
-    inputs = {name: shapes[name] for name in NAMES}  # which comes back sorted
+    inputs = {name: shapes[name] for name in NAMES}  # eval_shape sorts them
     with ThreadPoolExecutor() as pool:
         return dict(zip(scans, pool.map(partial(compiled, inputs=inputs), scans.values()), strict=True))
 
 
-def contenders(model: str, rows: int, tokens: int, scans: Programs) -> dict[str, tuple[Call, Call]]:
+def contenders(model: str, rows: int, tokens: int, scans: dict[str, Pair]) -> dict[str, tuple[Call, Call]]:
     """By name, all called once; without those that do not fit into memory."""
     inputs, found = arguments(model, rows, tokens, "bfloat16"), {}
     for name, pair in scans.items():
+        calls = of_programs(pair, inputs)
         try:
-            for program in pair:
-                wait(program(*inputs.values()))
-            found[name] = partial(pair[0], *inputs.values()), partial(pair[1], *inputs.values())
+            for call in calls:
+                wait(call())
+            found[name] = calls
         except jax.errors.JaxRuntimeError as error:
             print(f"    {name} left out: {str(error).splitlines()[0][:120]}")
     if importlib.util.find_spec("mamba_ssm"):

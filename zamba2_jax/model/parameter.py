@@ -41,11 +41,7 @@ normal: Callable[[float], Initializer] = functools.cache(initializers.normal)
 
 
 def param(rngs: Rngs, init: Initializer, shape: tuple[int, ...], axes: Axes, dtype: DTypeLike) -> nnx.Param:
-    """A parameter for a model of compute dtype `dtype`, on the mesh if one is set.
-
-    `axes` names its dimensions for `zamba2_jax.sharding`. Build models outside of `jax.jit`: there the programs of all
-    parameters become one, which takes minutes to compile.
-    """
+    """A parameter for a model of compute dtype `dtype`; `axes` names its dimensions for `zamba2_jax.sharding`."""
     return nnx.Param(_begin(rngs.params(), init, shape, axes, param_dtype(len(shape), dtype)), axes=axes)
 
 

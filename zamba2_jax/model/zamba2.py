@@ -36,8 +36,9 @@ class Zamba2(nnx.Module):
     """
 
     def __init__(self, config: Zamba2Config, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
-        """A model with fresh parameters of compute dtype `dtype`.
+        """A model with fresh parameters of compute dtype `dtype`, on the mesh that is set, if one is.
 
+        Make it outside of `jax.jit`, where the programs of all parameters would be one that takes minutes to compile.
         `jax.eval_shape(lambda: Zamba2(config, rngs=nnx.Rngs(0)))` gives the same pytree of shapes, without memory.
         """
         v, d, matrix = config.vocab_size, config.hidden_size, normal(config.initializer_range)
