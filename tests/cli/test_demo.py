@@ -31,7 +31,7 @@ WORDS = "--preset small --steps 6 8 --batch 2 --seq 32 --new-tokens 8 --learning
 
 def test_a_miniature_run(small_preset, tmp_path, capsys):
     out = tmp_path / "new" / "out"
-    assert main(["demo", "--output", str(out), *WORDS, "The class", "A [bold]"]) == 0
+    assert main(["demo", "--output", str(out), *WORDS, "The class", "--prompts", "A [bold]"]) == 0
     assert {path.name for path in out.iterdir()} == set(OUTPUTS)
 
     printed = capsys.readouterr().out
@@ -71,7 +71,7 @@ def test_the_first_error_comes_before_anything_is_written(tmp_path, capsys):
         (["--learning-rate", "-1"], "peak learning rate=-1.0: expected a finite number > 0"),
         (["--preset", "zamba2-9b"], "preset 'zamba2-9b' is unknown, expected one of"),
         (["--preset", "zamba2-tiny"], "--preset is 'zamba2-tiny': expected one of at least 259 tokens, not 97"),
-        (["--prompts", ""], "--prompts is ('',): expected at least one, none empty"),
+        (["--prompts", ""], "--prompts holds an empty one: expected text"),
         (["--temperature", "-1"], "--temperature is -1.0"),
         (["--new-tokens", "0"], "--new-tokens is 0"),
     ):

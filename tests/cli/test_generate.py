@@ -37,9 +37,11 @@ def call(directory, monkeypatch):
     return lambda *words: main(["generate", "--model", str(directory), "--max-new-tokens", "6", *map(str, words)])
 
 
-@pytest.mark.parametrize("words", [(), ("--stream",)])
+@pytest.mark.parametrize(
+    "words", [("--prompt", *PROMPTS), ("--prompt", PROMPTS[0], "--stream", "--prompt", *PROMPTS[1:])]
+)
 def test_prompts_are_printed_with_their_continuations(call, continuations, capsys, words):
-    assert call("--prompt", *PROMPTS, *words) == 0
+    assert call(*words) == 0
     expected = [prompt + continuation + "\n" for prompt, continuation in zip(PROMPTS, continuations, strict=True)]
     assert capsys.readouterr().out == "\n".join(expected)
 

@@ -92,10 +92,10 @@ def test_the_command_succeeds_on_a_checkpoint_and_prints_every_row(tmp_path, cap
     ("options", "message"),
     [
         ({"preset": "zamba2-9b"}, "zamba2-9b.*unknown"),
-        ({"variants": ("nope",)}, "nope.*unknown"),
+        ({"variants": (("nope",),)}, "nope.*unknown"),
         ({"preset": "zamba2-1.2b", "seq": 0}, "--seq 0"),
         ({"streaming": True}, "--streaming needs"),
-        ({"preset": "zamba2-1.2b", "variants": ("untied-head",)}, "excludes"),
+        ({"preset": "zamba2-1.2b", "variants": (("untied-head",),)}, "excludes"),
     ],
 )
 def test_bad_options_are_refused_before_anything_runs(options, message):

@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 
 from zamba2_jax.checkpoint.hf import save_hf
 from zamba2_jax.checkpoint.store import save_state
+from zamba2_jax.cli.several import Several, values
 from zamba2_jax.config import Zamba2Config
 from zamba2_jax.generate import Sampling, generate
 from zamba2_jax.model import Zamba2
@@ -46,6 +47,8 @@ OUTPUTS = (
 )
 """All that the demo writes; the marker, with the settings, first."""
 
+PROMPTS = ("The value of", "If a class defines", "When an exception is raised,", "A function is")
+
 
 @dataclasses.dataclass(frozen=True)
 class Demo:
@@ -74,13 +77,8 @@ class Demo:
     """Share of code in annealing."""
     preset: str = "zamba2-nano"
     """Architecture, by name."""
-    prompts: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT ...")] = (
-        "The value of",
-        "If a class defines",
-        "When an exception is raised,",
-        "A function is",
-    )
-    """What the model is to continue."""
+    prompts: Annotated[Several[str], tyro.conf.arg(metavar="TEXT ...")] = ()
+    """What the model is to continue, in place of the beginnings of four sentences about Python."""
     new_tokens: int = 80
     """Tokens it adds to each prompt."""
     temperature: float = 0.5
@@ -97,7 +95,7 @@ class Demo:
         self._check()
         config, phases = Zamba2Config.preset(self.preset), self._phases()
         schedule, optimizer = learning_rate(phases, self.learning_rate), AdamW().transformation()
-        prepare_output(self.output, dataclasses.asdict(self) | {"output": str(self.output)})
+        prepare_output(self.output, dataclasses.asdict(self) | {"output": str(self.output), "prompts": self._prompts})
 
         console = Console(highlight=False)
         console.print("Reading the corpus, training a tokenizer")
@@ -129,6 +127,10 @@ class Demo:
         summarize(records, corpus, self.output, console, seconds=time.perf_counter() - begin)
         return 0
 
+    @property
+    def _prompts(self) -> tuple[str, ...]:
+        return values(self.prompts) or PROMPTS
+
     def _check(self) -> None:
         """Checks what is not checked before the training starts otherwise."""
         vocab_size = Zamba2Config.preset(self.preset).vocab_size
@@ -138,13 +140,14 @@ class Demo:
             "batch": (self.batch >= 1, "at least 1"),
             "seq": (self.seq >= 2, "at least 2"),
             "replay": (0 <= self.replay < 1, "a share in [0, 1)"),
-            "prompts": (bool(self.prompts) and all(self.prompts), "at least one, none empty"),
             "new_tokens": (self.new_tokens >= 1, "at least 1"),
             "temperature": (0 <= self.temperature < math.inf, "a finite number >= 0"),
         }
         for field, (valid, rule) in rules.items():
             if not valid:
                 raise ValueError(f"--{field.replace('_', '-')} is {getattr(self, field)!r}: expected {rule}")
+        if "" in self._prompts:
+            raise ValueError("--prompts holds an empty one: expected text")
 
     def _phases(self) -> list[Phase]:
         pretraining, annealing = self.steps
@@ -170,14 +173,14 @@ class Demo:
 
     def _write(self, model: Zamba2, tokenizer: Tokenizer, console: Console) -> None:
         """Continues the prompts, on the terminal and in samples.txt."""
-        prompts = [[BOS, *tokenizer.encode(prompt).ids] for prompt in self.prompts]
+        prompts = [[BOS, *tokenizer.encode(prompt).ids] for prompt in self._prompts]
         sampling = Sampling(temperature=self.temperature, seed=self.seed)
         continuations = generate(model, prompts, self.new_tokens, sampling, stop_tokens=[EOS])
         texts = [
             prompt + tokenizer.decode(tokens)  # EOS, which may be last, is left out as a special token
-            for prompt, tokens in zip(self.prompts, continuations, strict=True)
+            for prompt, tokens in zip(self._prompts, continuations, strict=True)
         ]
-        for prompt, text in zip(self.prompts, texts, strict=True):
+        for prompt, text in zip(self._prompts, texts, strict=True):
             console.print()
             console.print(prompt, style="bold", markup=False, end="", soft_wrap=True)
             console.print(text[len(prompt) :], markup=False, soft_wrap=True)

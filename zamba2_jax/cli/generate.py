@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from zamba2_jax.cli.options import Checkpoint, ModelOptions
+from zamba2_jax.cli.several import Several, values
 from zamba2_jax.generate import Request, Token
 from zamba2_jax.generate.batch import (
     Job,
@@ -37,7 +38,7 @@ class Generate(ModelOptions):
     are done, which need not be the order of the prompts.
     """
 
-    prompt: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT ...")] = ()
+    prompt: Annotated[Several[str], tyro.conf.arg(metavar="TEXT ...")] = ()
     """What the model is to continue."""
     input: Path | None = None
     """File of prompts in JSON lines; - is standard input."""
@@ -49,7 +50,7 @@ class Generate(ModelOptions):
     """Print every token of a --prompt as it comes, one prompt after the other."""
     max_new_tokens: int = 128
     """Most tokens to add."""
-    stop: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT ...")] = ()
+    stop: Annotated[Several[str], tyro.conf.arg(metavar="TEXT ...")] = ()
     """A continuation ends before the first of these."""
     ignore_eos: bool = False
     """Go on after the token that ends a text."""
@@ -69,21 +70,25 @@ class Generate(ModelOptions):
         checkpoint = self.open()
         tokenizer = self._tokenizer(checkpoint)
         jobs = self._jobs(checkpoint, tokenizer)
-        if self.prompt and self.output is None:
+        if self._prompts and self.output is None:
             self._print(checkpoint, jobs, tokenizer)
             return 0
         return self._write(checkpoint, jobs, tokenizer)
 
+    @property
+    def _prompts(self) -> tuple[str, ...]:
+        return values(self.prompt)
+
     def _check(self) -> None:
         """Checks what concerns the options alone."""
         self.sampling()
-        if bool(self.prompt) == (self.input is not None):
+        if bool(self._prompts) == (self.input is not None):
             raise ValueError("expected one of --prompt and --input")
-        if self.stream and (not self.prompt or self.output is not None):
+        if self.stream and (not self._prompts or self.output is not None):
             raise ValueError("--stream needs --prompt, and no --output")
         if self.resume and self.output is None:
             raise ValueError("--resume needs --output")
-        if self.logprobs and self.prompt and self.output is None:
+        if self.logprobs and self._prompts and self.output is None:
             raise ValueError("--logprobs needs --output, or prompts from --input")
         if self.slots < 1:
             raise ValueError(f"--slots {self.slots}: expected at least 1")
@@ -93,16 +98,16 @@ class Generate(ModelOptions):
         try:
             return checkpoint.tokenizer()
         except FileNotFoundError:
-            if self.prompt or self.stop:
+            if self._prompts or self.stop:
                 raise
             return None
 
     def _jobs(self, checkpoint: Checkpoint, tokenizer: CheckpointTokenizer | None) -> list[Job]:
         ends = () if self.ignore_eos else checkpoint.stop_tokens(tokenizer)
-        defaults = Request((), self.max_new_tokens, self.sampling(), ends, self.stop)
+        defaults = Request((), self.max_new_tokens, self.sampling(), ends, values(self.stop))
         vocab_size = checkpoint.config.vocab_size
-        if self.prompt:
-            lines = ({"prompt": prompt} for prompt in self.prompt)
+        if self._prompts:
+            lines = ({"prompt": prompt} for prompt in self._prompts)
             return [make_job(line, i, defaults, tokenizer, vocab_size, self.capacity) for i, line in enumerate(lines)]
 
         def read(lines: Iterable[bytes]) -> list[Job]:

@@ -15,6 +15,7 @@ from rich.status import Status
 from rich.table import Table
 
 from zamba2_jax.cli.output import check_json_option, table_console
+from zamba2_jax.cli.several import Several, values
 from zamba2_jax.config import Zamba2Config
 from zamba2_jax.parity.case import VARIANTS, Case
 from zamba2_jax.parity.evidence import Row
@@ -38,7 +39,7 @@ class Parity:
     """Checkpoint directory to compare on."""
     preset: str | None = None
     """Compare a full-size architecture with random weights, as zamba2-1.2b."""
-    variants: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
+    variants: Annotated[Several[str], tyro.conf.arg(metavar="NAME ...")] = ()
     """Small variants to run; all by default. Unknown names list the known ones."""
     batch: int = 1
     """Rows, with --model or --preset."""
@@ -102,10 +103,11 @@ class Parity:
             return [Case(self.preset, Zamba2Config.preset(self.preset), self.batch, self.seq)]
         if self.streaming:
             raise ValueError("--streaming needs --model or --preset")
-        unknown = sorted(set(self.variants) - set(VARIANTS))
+        names = values(self.variants)
+        unknown = sorted(set(names) - set(VARIANTS))
         if unknown:
             raise ValueError(f"--variants {' '.join(unknown)}: unknown, expected some of {', '.join(VARIANTS)}")
-        return [VARIANTS[name] for name in self.variants or VARIANTS]
+        return [VARIANTS[name] for name in names or VARIANTS]
 
     def _reports(self, cases: list[Case]) -> "Iterator[Report]":
         from zamba2_jax.parity.check import check

@@ -9,6 +9,7 @@ import tyro
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
+from zamba2_jax.cli.several import Several, values
 from zamba2_jax.train.sources import size_of, sources_at
 from zamba2_jax.train.tokenize import tokenize
 from zamba2_jax.train.tokenizer import load_tokenizer
@@ -22,7 +23,7 @@ class Tokenize:
     document a row), and writes a directory of ArrayRecord shards with a manifest: all of it, or, on an error, nothing.
     """
 
-    input: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="PATH ...")]
+    input: Annotated[Several[Path], tyro.conf.arg(metavar="PATH ...")]
     """Files, or directories of which all such files are read."""
     output: Path
     """Directory to write: new or empty."""
@@ -43,7 +44,7 @@ class Tokenize:
             OSError: a file cannot be read or written.
         """
         tokenizer = load_tokenizer(self.tokenizer)
-        sources = [source for path in self.input for source in sources_at(path, self.field)]
+        sources = [source for path in values(self.input) for source in sources_at(path, self.field)]
         if not sources:
             raise ValueError("--input is empty: expected a file or a directory")
         console = Console(highlight=False)

@@ -10,6 +10,7 @@ import jax
 import tyro
 from rich.console import Console
 
+from zamba2_jax.cli.several import Several, values
 from zamba2_jax.train.config import load_config
 from zamba2_jax.train.loop import DivergedError
 from zamba2_jax.train.run import run
@@ -28,7 +29,7 @@ class Train:
 
     config: Path
     """The run, a TOML file; the config.json of a run will do too."""
-    overrides: Annotated[tuple[str, ...], tyro.conf.arg(name="set", metavar="KEY=VALUE ...")] = ()
+    overrides: Annotated[Several[str], tyro.conf.arg(name="set", metavar="KEY=VALUE ...")] = ()
     """Values in place of those in the file, as phases.0.steps=100."""
     distributed: bool = False
     """One of several processes that find each other by themselves, as on TPU pods and under SLURM."""
@@ -46,7 +47,7 @@ class Train:
             ValueError: an option, the config or the data is not valid.
             OSError: a file cannot be read or written.
         """
-        config = load_config(self.config, self.overrides)
+        config = load_config(self.config, values(self.overrides))
         several = self._join()
         console = Console(highlight=False, quiet=jax.process_index() != 0)
         try:
