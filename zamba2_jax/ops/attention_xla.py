@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from zamba2_jax.ops.sums import sum_over
 from zamba2_jax.typing import Array, Bool, Float, Int, Shaped, at_least_fp32
 
 BLOCK = 256
@@ -93,7 +94,7 @@ def _backward(scale, residuals, d_out):
         queries, softmax, d_heads = tokens
         weights = jnp.exp(_scores(queries, keys[:, :, :seen], tags, scale) - softmax.top)
         d_weights = _product(d_heads, values[:, :, :seen], (4, 3))
-        mean = jnp.sum(weights * d_weights, axis=-1, keepdims=True) / softmax.total
+        mean = sum_over(weights * d_weights, -1)[..., None] / softmax.total
         d_scores = weights * (d_weights - mean) * scale
         d_scores, weights = d_scores.astype(q.dtype), weights.astype(v.dtype)
         d_keys = _sum_of_products(d_scores, queries.heads)
@@ -184,7 +185,8 @@ def _product(
 
 def _sum_of_products(a: Float[Array, "b kv r t u"], b: Float[Array, "b kv r t p"]) -> Float[Array, "b kv u p"]:
     """Over the queries of all heads that read a key head, accumulated in at least float32."""
-    dimensions = ((2, 3), (2, 3)), ((0, 1), (0, 1))
+    a, b = (array.reshape(*array.shape[:2], -1, array.shape[-1]) for array in (a, b))
+    dimensions = ((2,), (2,)), ((0, 1), (0, 1))
     return jax.lax.dot_general(a, b, dimensions, preferred_element_type=at_least_fp32(a.dtype))
 
 

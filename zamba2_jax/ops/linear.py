@@ -17,7 +17,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from zamba2_jax.ops.placement import platform
+from zamba2_jax.ops.placement import on_one_cpu, platform
 from zamba2_jax.typing import Array, DTypeLike, Float
 
 BLOCK = 128
@@ -63,8 +63,11 @@ def _forward(x: Array, w: Array, dtype: jnp.dtype) -> tuple[Array, tuple[Array, 
 
 def _backward(dtype: jnp.dtype, saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
     x, w = saved
-    batch = tuple(range(x.ndim - 1))
     d_x = _product(cotangent, w, (x.ndim - 1,), (0,), x.dtype)
+    if on_one_cpu():
+        # XLA turns the sum over several axes into one over the last, and writes a transposed copy for it.
+        x, cotangent = (array.reshape(-1, array.shape[-1]) for array in (x, cotangent))
+    batch = tuple(range(x.ndim - 1))
     return d_x, _product(cotangent, x, batch, batch, w.dtype)
 
 

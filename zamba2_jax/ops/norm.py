@@ -1,8 +1,14 @@
-"""RMS norms. Statistics and scale in at least float32, the result in the dtype of the input."""
+"""RMS norms. Statistics and scale in at least float32, the result in the dtype of the input.
+
+Differentiable once, in reverse.
+"""
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
+from zamba2_jax.ops.sums import sum_over
 from zamba2_jax.typing import Array, Float, at_least_fp32
 
 
@@ -24,5 +30,20 @@ def gated_rms_norm(
     return (_normalize(groups, eps).reshape(x.shape) * scale).astype(x.dtype)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _normalize(x: Float[Array, "*batch d"], eps: float) -> Float[Array, "*batch d"]:
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+    return _forward(x, eps)[0]
+
+
+def _forward(x: Array, eps: float) -> tuple[Array, tuple[Array, Array]]:
+    inverse = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+    return x * inverse, (x, inverse)
+
+
+def _backward(eps: float, saved: tuple[Array, Array], cotangent: Array) -> tuple[Array]:
+    x, inverse = saved
+    mean = sum_over(cotangent * x, -1)[..., None] / x.shape[-1]
+    return (inverse * cotangent - inverse**3 * mean * x,)
+
+
+_normalize.defvjp(_forward, _backward)

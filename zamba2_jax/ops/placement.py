@@ -1,8 +1,13 @@
 """Where a computation runs, as far as the choice of an implementation depends on it."""
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, TypeVar
 
 import jax
+
+from zamba2_jax.typing import Array
+
+Tree = TypeVar("Tree")
 
 HOPPER = ("H100", "H200")
 """In names of GPUs. On an H200 kernels were measured to be faster than XLA; an H100 has the same multiprocessors."""
@@ -24,16 +29,35 @@ def kernels() -> Literal["tpu", "gpu"] | None:
     several of them only the inside of a `jax.shard_map` over all axes of the mesh is apart on each; for our scans and
     kernels it needs `check_vma=False`.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        undivided = jax.device_count() == 1
-    else:
-        undivided = mesh.size == 1 or set(mesh.manual_axes) == set(mesh.axis_names)
-    if not undivided:
+    if not _undivided():
         return None
     if platform() == "tpu":
         return "tpu"
     return "gpu" if platform() == "gpu" and any(name in _device_kind() for name in HOPPER) else None
+
+
+def on_one_cpu() -> bool:
+    """Whether what is traced now runs on a CPU, and undivided."""
+    return platform() == "cpu" and _undivided()
+
+
+def computed_once(function: Callable[[Array], Tree], array: Array) -> Tree:
+    """function(array), kept in memory for all that reads it.
+
+    XLA on CPU computes what looks cheap, a cosine say, anew for every element of everything that reads it, and it drops
+    `jax.lax.optimization_barrier`. The result of a branch it keeps. Elsewhere, and divided among devices, plain.
+    """
+    if not on_one_cpu():
+        return function(array)
+    return jax.lax.cond(array.ravel()[0] == 0, function, function, array)
+
+
+def _undivided() -> bool:
+    """Whether what is traced now runs on one device, or apart on each."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return jax.device_count() == 1
+    return mesh.size == 1 or set(mesh.manual_axes) == set(mesh.axis_names)
 
 
 def _device_kind() -> str:

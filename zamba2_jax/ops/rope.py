@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
+from zamba2_jax.ops.placement import computed_once
 from zamba2_jax.typing import Array, Float, Int, at_least_fp32
 
 
@@ -15,9 +16,14 @@ def rotate(x: Float[Array, "b t h p"], positions: Int[Array, "b t"], base: float
         base: theta; 10000 by default in the published models, larger in the long-context ones.
     """
     half, wide = x.shape[-1] // 2, at_least_fp32(x.dtype)
-    frequency = jnp.asarray(base ** (-np.arange(half) / half), wide)
-    angle = (positions[..., None].astype(wide) * frequency)[:, :, None, None]
-    cos, sin = jnp.cos(angle), jnp.concatenate([-jnp.sin(angle), jnp.sin(angle)], axis=-2)
+
+    def table(positions: Array) -> Array:
+        frequency = jnp.asarray(base ** (-np.arange(half) / half), wide)
+        angle = positions[..., None].astype(wide) * frequency
+        cos, sin = jnp.cos(angle), jnp.sin(angle)
+        return jnp.stack([cos, cos, -sin, sin])
+
+    cos, sin = jnp.moveaxis(computed_once(table, positions).reshape(2, 2, *positions.shape, 1, half), 1, -2)
     pairs = x.astype(wide).reshape(*x.shape[:-1], 2, half)
     # The halves change places by a reversal: halves cut out and put together again are slower, backward above all.
     return (pairs * cos + jnp.flip(pairs, -2) * sin).reshape(x.shape).astype(x.dtype)

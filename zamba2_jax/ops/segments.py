@@ -8,6 +8,7 @@ one.
 import jax
 import jax.numpy as jnp
 
+from zamba2_jax.ops.placement import computed_once
 from zamba2_jax.typing import Array, Bool, Int
 
 
@@ -22,7 +23,11 @@ def _document_starts(segment_ids: Int[Array, "b t"]) -> Bool[Array, "b t"]:
 
 def document_index(segment_ids: Int[Array, "b t"]) -> Int[Array, "b t"]:
     """Numbers the documents of each row 0, 1, 2...; padding takes the number of the document before it."""
-    return jnp.cumsum(_document_starts(segment_ids), axis=1, dtype=jnp.int32)
+
+    def count(segment_ids: Array) -> Array:
+        return jnp.cumsum(_document_starts(segment_ids), axis=1, dtype=jnp.int32)
+
+    return computed_once(count, segment_ids)
 
 
 def document_positions(segment_ids: Int[Array, "b t"]) -> Int[Array, "b t"]:

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from zamba2_jax.ops.decay import split
 from zamba2_jax.ops.ssd_reference import join
+from zamba2_jax.ops.sums import sum_over
 from zamba2_jax.typing import Array, Bool, Float, at_least_fp32
 
 
@@ -131,7 +132,7 @@ def _backward(chunk_size, window, residuals, cotangents):
         d_start, (d_x, *others) = _window_backward(tokens, _window(tokens, state), d_y_now, d_end)
         if D_of_head is not None:
             d_x += D_of_head * d_y_now
-            d_D += jnp.sum(_sum(d_y_now * tokens.x, -1), axis=(0, 1, 3))
+            d_D += jnp.sum(sum_over(d_y_now * tokens.x, -1), axis=(0, 1, 3))
         return (d_start, d_D, [_put(a, d, i) for a, d in zip(gradients, (d_x, *others), strict=True)]), None
 
     first = d_end, jnp.zeros((g, h // g), wide), arrays
@@ -177,10 +178,10 @@ def _window_backward(tokens: _Tokens, now: _Window, d_y: Array, d_end: Array) ->
     d_starts += total_decay * d_end[:, None]
     d_ends = jnp.concatenate([d_starts[:, 1:], d_end[:, None]], axis=1)
     d_u = now.to_end[..., None] * _product(B, d_ends).reshape(x.shape)
-    d_log_to_end = _sum(u * d_u, -1)
-    d_log_from_start = _sum(from_outer * _product(C, now.starts).reshape(x.shape), -1)
+    d_log_to_end = sum_over(u * d_u, -1)
+    d_log_from_start = sum_over(from_outer * _product(C, now.starts).reshape(x.shape), -1)
     d_decay = now.decay * _product(jnp.ones_like(C[..., :1, :]), now.starts * d_ends)
-    d_log_decay = _sum(d_decay.reshape(*d_decay.shape[:-1], *x.shape[-2:]), -1)
+    d_log_decay = sum_over(d_decay.reshape(*d_decay.shape[:-1], *x.shape[-2:]), -1)
     d_log_decay += _sums(~causal.T, d_log_to_end) + _sums(causal.T, d_log_from_start)
     d_B = _product(_channels(now.to_end[..., None] * u), d_ends, (-1, -1))
     d_C = _product(_channels(from_outer), now.starts, (-1, -1))
@@ -190,15 +191,15 @@ def _window_backward(tokens: _Tokens, now: _Window, d_y: Array, d_end: Array) ->
     mixed = now.scores * now.mixing
     d_mixed = _product(left, right, (-1, -1))
     d_u += jnp.exp(-fine)[..., None] * _rows_swapped(_product(mixed, left, (-2, -2)))
-    d_scores = jnp.where(causal, _sum(d_mixed * now.mixing, -3), 0)
+    d_scores = jnp.where(causal, sum_over(d_mixed * now.mixing, -3), 0)
     d_B += _product(d_scores, C, (-2, -2))
     d_C += _product(d_scores, B)
 
     # log_decay k lies between s and l for s < k <= l: sums of nothing else, for differences would cancel.
     until = (d_mixed * mixed) @ jnp.where(causal, 0, jnp.ones((), x.dtype))
-    d_log_decay += _sum(jnp.where(causal, until, 0), -2).swapaxes(-1, -2)
+    d_log_decay += sum_over(jnp.where(causal, until, 0), -2).swapaxes(-1, -2)
 
-    return d_starts[:, 0], (dt[..., None] * d_u, _sum(x * d_u, -1), d_log_decay, d_B, d_C)
+    return d_starts[:, 0], (dt[..., None] * d_u, sum_over(x * d_u, -1), d_log_decay, d_B, d_C)
 
 
 def _causal(size: int) -> Bool[Array, "l s"]:
@@ -220,17 +221,12 @@ def _product(a: Array, b: Array, axes: tuple[int, int] = (-1, -2), precision: st
     return jax.lax.dot_general(a, b, (contracting, (batch, batch)), precision=precision)
 
 
-def _sum(array: Array, axis: int) -> Array:
-    """A sum over one axis, as a product with ones: XLA's own reductions are ten times slower on CPU."""
-    return jnp.tensordot(array, jnp.ones(array.shape[axis], array.dtype), (axis, 0), precision="highest")
-
-
 def _sums(
     which: Bool[Array, "l s"], array: Float[Array, "*rest s r"], swapped: bool = False
 ) -> Float[Array, "*rest _ _"]:
     """For every l the sum over those s, [l, r]; `swapped` gives [r, l].
 
-    Products, as for `_sum`; and on CPU XLA does not vectorise what it fuses a slice of a loop's input into.
+    Products, as in `sum_over`; and on CPU XLA does not vectorise what it fuses a slice of a loop's input into.
     """
     ones = jnp.broadcast_to(which.astype(array.dtype), (*array.shape[:-2], *which.shape))
     return _product(array, ones, (-2, -1), "highest") if swapped else _product(ones, array, precision="highest")

@@ -17,6 +17,7 @@ from zamba2_jax.config import Zamba2Config
 from zamba2_jax.model import Zamba2
 from zamba2_jax.model.loss import loss_share, predicted
 from zamba2_jax.model.stack import Remat, hidden_states
+from zamba2_jax.ops.placement import computed_once
 from zamba2_jax.ops.ssd import Implementation
 from zamba2_jax.sharding import abstract_on_mesh, batch_sharding, constrain, constrain_parameters
 from zamba2_jax.train.data import Batch
@@ -222,12 +223,13 @@ def loss_and_gradient(model: Zamba2, batch: Batch, config: StepConfig = DEFAULT)
     if config.microbatches == 1:
         return of_part(batch)
 
-    def add(total: tuple[Array, Zamba2], part: Batch) -> tuple[tuple[Array, Zamba2], None]:
+    def add(total: tuple[Array, Zamba2], i: Array) -> tuple[tuple[Array, Zamba2], None]:
+        part = computed_once(lambda i: jax.tree.map(lambda array: array[i], parts), i)
         return jax.tree.map(jnp.add, total, of_part(part)), None
 
     parts = _split(batch, config.microbatches)
     zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), jax.eval_shape(of_part, batch))
-    return jax.lax.scan(add, (zeros[0], constrain_parameters(zeros[1])), parts)[0]
+    return jax.lax.scan(add, (zeros[0], constrain_parameters(zeros[1])), jnp.arange(config.microbatches))[0]
 
 
 @partial(jax.jit, static_argnames="config")
