@@ -60,3 +60,14 @@ def test_blocked_sums_are_exact_to_rounding_in_value_and_gradient(inner):
     for name, (actual, exact) in expected.items():
         error = np.linalg.norm(actual - exact) / np.linalg.norm(exact)
         assert error < 2.5 * np.finfo(np.float32).eps, name
+
+
+@pytest.mark.parametrize("batch", [(2,), (2, 1), (1, 2)])
+def test_two_rows_of_float32_in_value_and_gradient(batch):
+    x, w, cotangent = (normal(*shape, dtype=jnp.float32) for shape in ((*batch, 40), (7, 40), (*batch, 7)))
+    y, backward = jax.vjp(linear, x, w)
+    dx, dw = backward(cotangent)
+    wide_x, wide_w, wide_cotangent = (np.asarray(array, np.float64) for array in (x, w, cotangent))
+    assert_close(y, wide_x @ wide_w.T, 1e-6)
+    assert_close(dx, wide_cotangent @ wide_w, 1e-6)
+    assert_close(dw, wide_cotangent.reshape(2, 7).T @ wide_x.reshape(2, 40), 1e-6)

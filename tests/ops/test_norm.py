@@ -1,5 +1,6 @@
 import jax.numpy as jnp
 import numpy as np
+from jax.test_util import check_grads
 
 from tests.helpers import assert_close, normal
 from zamba2_jax.ops import gated_rms_norm, rms_norm
@@ -19,6 +20,18 @@ def test_gated_rms_norm_gates_first_and_norms_each_group(x64):
         part = gated[..., 4 * group : 4 * group + 4]
         expected[..., 4 * group : 4 * group + 4] = part / np.sqrt(np.mean(part**2, axis=-1, keepdims=True) + 0.1)
     assert_close(gated_rms_norm(x, z, scale, 3, 0.1), expected * scale, 1e-14)
+
+
+def test_gradients_are_those_of_finite_differences(x64):
+    def plain(*arrays):
+        return rms_norm(*map(jnp.asarray, arrays), 0.1)
+
+    def gated(*arrays):
+        return gated_rms_norm(*map(jnp.asarray, arrays), 3, 0.1)
+
+    x, z, scale = normal(2, 3, 12), normal(2, 3, 12, seed=1), normal(12)
+    check_grads(plain, (x, scale), order=1, modes=["rev"])
+    check_grads(gated, (x, z, scale), order=1, modes=["rev"])
 
 
 def test_low_precision_is_normed_in_float32():

@@ -29,7 +29,7 @@ def kernels() -> Literal["tpu", "gpu"] | None:
     several of them only the inside of a `jax.shard_map` over all axes of the mesh is apart on each; for our scans and
     kernels it needs `check_vma=False`.
     """
-    if not _undivided():
+    if not _undivided(without_mesh=jax.device_count() == 1):
         return None
     if platform() == "tpu":
         return "tpu"
@@ -37,8 +37,8 @@ def kernels() -> Literal["tpu", "gpu"] | None:
 
 
 def on_one_cpu() -> bool:
-    """Whether what is traced now runs on a CPU, and undivided."""
-    return platform() == "cpu" and _undivided()
+    """Whether what is traced now runs on a CPU, and no mesh that is set divides it."""
+    return platform() == "cpu" and _undivided(without_mesh=True)
 
 
 def computed_once(function: Callable[[Array], Tree], array: Array) -> Tree:
@@ -52,11 +52,11 @@ def computed_once(function: Callable[[Array], Tree], array: Array) -> Tree:
     return jax.lax.cond(array.ravel()[0] == 0, function, function, array)
 
 
-def _undivided() -> bool:
-    """Whether what is traced now runs on one device, or apart on each."""
+def _undivided(*, without_mesh: bool) -> bool:
+    """Whether what is traced now runs on one device, or apart on each; as told where no mesh is set."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        return jax.device_count() == 1
+        return without_mesh
     return mesh.size == 1 or set(mesh.manual_axes) == set(mesh.axis_names)
 
 
