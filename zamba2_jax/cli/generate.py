@@ -98,7 +98,7 @@ class Generate(ModelOptions):
         try:
             return checkpoint.tokenizer()
         except FileNotFoundError:
-            if self._prompts or self.stop:
+            if self._prompts or values(self.stop):
                 raise
             return None
 

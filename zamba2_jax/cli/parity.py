@@ -91,7 +91,8 @@ class Parity:
     def _cases(self) -> list[Case]:
         if self.model is not None and self.preset is not None:
             raise ValueError("--model and --preset exclude each other")
-        if self.variants and (self.model or self.preset):
+        names = values(self.variants)
+        if names and (self.model or self.preset):
             raise ValueError("--variants excludes --model and --preset")
         for name, value in (("batch", self.batch), ("seq", self.seq), ("new-tokens", self.new_tokens)):
             if value < 1:
@@ -103,7 +104,6 @@ class Parity:
             return [Case(self.preset, Zamba2Config.preset(self.preset), self.batch, self.seq)]
         if self.streaming:
             raise ValueError("--streaming needs --model or --preset")
-        names = values(self.variants)
         unknown = sorted(set(names) - set(VARIANTS))
         if unknown:
             raise ValueError(f"--variants {' '.join(unknown)}: unknown, expected some of {', '.join(VARIANTS)}")

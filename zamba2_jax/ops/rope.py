@@ -17,13 +17,12 @@ def rotate(x: Float[Array, "b t h p"], positions: Int[Array, "b t"], base: float
     """
     half, wide = x.shape[-1] // 2, at_least_fp32(x.dtype)
 
-    def table(positions: Array) -> Array:
+    def table(positions: Array) -> tuple[Array, Array]:
         frequency = jnp.asarray(base ** (-np.arange(half) / half), wide)
-        angle = positions[..., None].astype(wide) * frequency
-        cos, sin = jnp.cos(angle), jnp.sin(angle)
-        return jnp.stack([cos, cos, -sin, sin])
+        angle = (positions[..., None].astype(wide) * frequency)[:, :, None, None]
+        return jnp.cos(angle), jnp.concatenate([-jnp.sin(angle), jnp.sin(angle)], axis=-2)
 
-    cos, sin = jnp.moveaxis(computed_once(table, positions).reshape(2, 2, *positions.shape, 1, half), 1, -2)
+    cos, sin = computed_once(table, positions)
     pairs = x.astype(wide).reshape(*x.shape[:-1], 2, half)
     # The halves change places by a reversal: halves cut out and put together again are slower, backward above all.
     return (pairs * cos + jnp.flip(pairs, -2) * sin).reshape(x.shape).astype(x.dtype)

@@ -223,11 +223,12 @@ def loss_and_gradient(model: Zamba2, batch: Batch, config: StepConfig = DEFAULT)
     if config.microbatches == 1:
         return of_part(batch)
 
+    parts = _split(batch, config.microbatches)
+
     def add(total: tuple[Array, Zamba2], i: Array) -> tuple[tuple[Array, Zamba2], None]:
         part = computed_once(lambda i: jax.tree.map(lambda array: array[i], parts), i)
         return jax.tree.map(jnp.add, total, of_part(part)), None
 
-    parts = _split(batch, config.microbatches)
     zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), jax.eval_shape(of_part, batch))
     return jax.lax.scan(add, (zeros[0], constrain_parameters(zeros[1])), jnp.arange(config.microbatches))[0]
 
