@@ -1,11 +1,12 @@
 """How fast and how exact is the scan on this machine's CPU, beside the others there are?
 
     python experiments/bench_ssd.py                  # everything, some ten minutes
-    python experiments/bench_ssd.py speed error      # any of: speed, error, length
+    python experiments/bench_ssd.py speed error      # any of: speed, error, length, memory
 
 Needs the `parity` extra, for transformers' own function. `mamba2-jax` and `bonsai` are compared where they can be
 imported. Every ratio is one of medians of calls that took turns, two by two, so that a busy machine slows both sides.
-Prints tables and writes bench_ssd.json beside this file.
+Prints tables and writes bench_ssd.json beside this file. What the kernels move on a TPU counts ssd_tpu_traffic.py; on a
+GPU they are timed by ssd_gpu.py.
 """
 
 import importlib
@@ -198,6 +199,25 @@ def length() -> list[Row]:
     return rows
 
 
+def memory() -> list[Row]:
+    """What the gradient of one row of 16,384 tokens takes beside its arguments and results, by the compiler."""
+
+    def gradient(inputs: Inputs) -> Inputs:
+        _, pull = jax.vjp(lambda inputs: ssd(**inputs)[0], inputs)
+        return pull(inputs["x"])[0]
+
+    inputs = arguments(1, 16384, 64, 64, 64, 1)
+    found = jax.jit(gradient).lower(inputs).compile().memory_analysis()
+    size = sum(array.nbytes for array in inputs.values())
+    return [
+        {
+            "inputs, MB": size / 1e6,
+            "extra, MB": found.temp_size_in_bytes / 1e6,
+            "extra / inputs": found.temp_size_in_bytes / size,
+        }
+    ]
+
+
 def show(title: str, rows: list[Row]) -> None:
     """As a table."""
     cells = [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
@@ -209,7 +229,7 @@ def show(title: str, rows: list[Row]) -> None:
 
 def main() -> None:
     """Runs the parts that were named, or all."""
-    parts = {"speed": speed, "error": error, "length": length}
+    parts = {"speed": speed, "error": error, "length": length, "memory": memory}
     unknown = set(sys.argv[1:]) - set(parts)
     if unknown:
         sys.exit(f"{', '.join(sorted(unknown))}: expected any of {', '.join(parts)}")

@@ -5,10 +5,11 @@ row goes by, so that x, y, B, C, dt and the decays cross the memory bus once, wh
 kernel walks back in time from the states that the forward kernel saved at the start of every step.
 
 Layout. The TPU keeps an array in tiles of 128 lanes, to which it would pad 64 channels. So arrays reach the kernels
-with their last axis as wide as it can be, x as [b, t, h p] and dt as [b, h, t]. A state is held transposed, [n, h p],
-so that every matrix product has 128 channels in its lanes: one head of 128, two of 64 and so on, here called a unit.
-What differs from head to head is stacked, [M1 M2] [x masked to head 1; x masked to head 2], which costs the matrix unit
-no more than two products with 64 lanes would.
+with their last axis as wide as it can be: x as [b, t, h p], dt as [b, h, t], and states of n = 64 folded, two channels
+side by side, [b, h p / 2, 2 n]. In VMEM a state is transposed, [n, h p], so that every matrix product has 128 channels
+in its lanes: one head of 128, two of 64 and so on, here called a unit. What differs from head to head is stacked,
+[M1 M2] [x masked to head 1; x masked to head 2], which costs the matrix unit no more than two products with 64 lanes
+would.
 
 Numbers per head and token are kept twice in VMEM: as columns (tokens in sublanes), to scale rows of x, and as rows
 (tokens in lanes), to scale columns of a chunk's [l, s] matrices.
@@ -96,6 +97,15 @@ class Sizes(NamedTuple):
         return self.tiling.heads * self.p
 
     @property
+    def fold(self) -> int:
+        """Channels whose states lie side by side in main memory, so as to fill the lanes."""
+        return LANES // self.n if LANES % self.n == 0 else 1
+
+    def folded(self, channels: int) -> tuple[int, int]:
+        """Shape in main memory of the states of so many channels."""
+        return channels // self.fold, self.fold * self.n
+
+    @property
     def unit(self) -> int:
         """Channels of a matrix product."""
         return max(LANES, self.p)
@@ -127,6 +137,7 @@ class Scratch(NamedTuple):
     """
 
     state: Any  # [block, n, channel]
+    turned: Any  # [channel, n], a state on its way from or to main memory
     columns: Any  # [block, t, (name, head)]
     rows: Any  # [block, name, head, t]
     B: Any  # [t, n]
@@ -251,10 +262,22 @@ def tiled_ssd(
         per_group(C),
         jnp.repeat(per_head(jnp.zeros(h, jnp.float32) if D is None else D, [], []), s.p)[None],
     )
-    first = () if initial_state is None else (per_head(initial_state, [b], [s.p, s.n]).reshape(b, s.h * s.p, s.n),)
+    first: tuple[Array, ...] = ()
+    if initial_state is not None:
+        first = (_reshape_state(s, per_head(initial_state, [b], [s.p, s.n]), b, *s.folded(s.h * s.p)),)
     y, last = _scan(inputs, first, s, interpret)
     y = y.reshape(b, s.t, g, s.h // g, s.p)[:, :t, :, :r, :p].reshape(b, t, h, p)
-    return y, last.reshape(b, g, s.h // g, s.p, s.n)[:, :, :r, :p, :n].reshape(b, h, p, n)
+    last = _reshape_state(s, last, b, g, s.h // g, s.p, s.n)
+    return y, last[:, :, :r, :p, :n].reshape(b, h, p, n)
+
+
+def _reshape_state(s: Sizes, state: Array, *shape: int) -> Array:
+    """A state with its channels folded, or unfolded.
+
+    In two steps: v5p keeps 80 or 112 heads in the lanes, and in one step XLA would first make a copy that has n there,
+    padded, and then a second one.
+    """
+    return jax.lax.optimization_barrier(state.reshape(s.b, s.h, *s.folded(s.p))).reshape(shape)
 
 
 def _pad_head(p: int) -> tuple[int, int]:
@@ -273,7 +296,7 @@ def _pad(array: Array, shape: list[int]) -> Array:
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def _scan(inputs: Inputs, first: tuple[Array, ...], s: Sizes, interpret: bool) -> tuple[Array, Array]:
-    """y [b, t, h p] and the last state [b, h p, n]; `first` is the initial state, if there is one."""
+    """y [b, t, h p] and the last state, `Sizes.folded`; `first` is the initial state, if there is one."""
     y, last, _ = _forward(inputs, first, s, interpret, save=False)
     return y, last
 
@@ -308,7 +331,7 @@ def _forward(
         out_specs=(blocks["channels"], blocks["last"], (blocks["saved"],) * save),
         out_shape=(
             jax.ShapeDtypeStruct(inputs.x.shape, inputs.x.dtype),
-            jax.ShapeDtypeStruct((s.b, s.h * s.p, s.n), jnp.float32),
+            jax.ShapeDtypeStruct((s.b, *s.folded(s.h * s.p)), jnp.float32),
             (jax.ShapeDtypeStruct((s.b, s.steps, s.n, s.h * s.p), jnp.float32),) * save,
         ),
         scratch_shapes=[_scratch(s, inputs.x.dtype)],
@@ -336,7 +359,7 @@ def _backward(
         out_specs=(_input_blocks(blocks)._replace(D=blocks["D_sum"]), (blocks["last"],) * initial),
         out_shape=(
             Inputs(*(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in inputs))._replace(D=D),
-            (jax.ShapeDtypeStruct((s.b, s.h * s.p, s.n), jnp.float32),) * initial,
+            (jax.ShapeDtypeStruct((s.b, *s.folded(s.h * s.p)), jnp.float32),) * initial,
         ),
         scratch_shapes=[_scratch(s, inputs.x.dtype), _sums(s)],
         compiler_params=_COMPILER_PARAMS,
@@ -373,8 +396,8 @@ def _blocks(s: Sizes, time: Callable[[Any], Any]) -> dict[str, pl.BlockSpec]:
         "D": pl.BlockSpec((1, s.channels), lambda b, c, j: (0, j)),
         "D_sum": pl.BlockSpec((1, 1, s.channels), last_sum),
         "saved": pl.BlockSpec((1, 1, s.n, s.channels), lambda b, c, j: (b, time(c), 0, j)),
-        "first": pl.BlockSpec((1, s.channels, s.n), first),
-        "last": pl.BlockSpec((1, s.channels, s.n), last),
+        "first": pl.BlockSpec((1, *s.folded(s.channels)), first),
+        "last": pl.BlockSpec((1, *s.folded(s.channels)), last),
     }
 
 
@@ -386,6 +409,7 @@ def _scratch(s: Sizes, dtype: jnp.dtype) -> Scratch:
     size, chunks, heads = s.tiling
     return Scratch(
         state=pltpu.VMEM((s.blocks, s.n, s.channels), jnp.float32),
+        turned=pltpu.VMEM((s.channels, s.n), jnp.float32),
         columns=pltpu.VMEM((s.blocks, s.tokens, len(COLUMNS) * heads), jnp.float32),
         rows=pltpu.VMEM((s.blocks, len(ROWS), heads, s.tokens), jnp.float32),
         B=pltpu.VMEM((s.tokens, s.n), dtype),
@@ -535,6 +559,26 @@ def _head_sums(s: Sizes, array: Array) -> Array:
     return _dot(own.astype(jnp.float32), array, NT)[: s.unit_heads]
 
 
+def _unfold(s: Sizes, ref: Any, scratch: Scratch) -> Array:
+    """[n, channel], from a block of states as they lie in main memory."""
+    for channels, lanes in _folds(s):
+        scratch.turned[channels, :] = ref[0, :, lanes]
+    return scratch.turned[...].T
+
+
+def _fold(s: Sizes, state: Array, ref: Any, scratch: Scratch) -> None:
+    """The inverse of `_unfold`, into `ref`."""
+    scratch.turned[...] = state.T
+    for channels, lanes in _folds(s):
+        ref[0, :, lanes] = scratch.turned[channels, :]
+
+
+def _folds(s: Sizes) -> list[tuple[Any, slice]]:
+    """Which channels lie in which lanes of a folded state."""
+    rows, _ = s.folded(s.channels)
+    return [(pl.ds(i, rows, s.fold), slice(i * s.n, (i + 1) * s.n)) for i in range(s.fold)]
+
+
 def _next_state(s: Sizes, unit: Unit, state: Array, heads_x: Array, B: Array) -> Array:
     """The state of a unit, [n, channels], at the end of a chunk, from x by `_stack`."""
     total = _spread(s, [unit.row("from_start", i)[:, -1:] for i in range(s.unit_heads)])
@@ -557,7 +601,7 @@ def _forward_kernel(
 
     @pl.when(c == 0)
     def start_row() -> None:
-        scratch.state[j] = first[0][0].T if first else jnp.zeros((s.n, s.channels), jnp.float32)
+        scratch.state[j] = _unfold(s, first[0], scratch) if first else jnp.zeros((s.n, s.channels), jnp.float32)
 
     for ref in saved:
         ref[0, 0] = scratch.state[j]
@@ -578,7 +622,7 @@ def _forward_kernel(
 
     @pl.when(c == s.steps - 1)
     def end_row() -> None:
-        last_ref[0] = scratch.state[j].T
+        _fold(s, scratch.state[j], last_ref, scratch)
 
 
 def _backward_kernel(
@@ -598,7 +642,7 @@ def _backward_kernel(
 
     @pl.when(c == 0)
     def start_row() -> None:
-        scratch.state[j] = dlast_ref[0].T
+        scratch.state[j] = _unfold(s, dlast_ref, scratch)
         sums.D[j] = jnp.zeros((1, s.channels), jnp.float32)
 
     @pl.when(jax.lax.rem(j, s.blocks_per_group) == 0)
@@ -633,7 +677,7 @@ def _backward_kernel(
     def end_row() -> None:
         gradients.D[0] = sums.D[j]
         for ref in dfirst:
-            ref[0] = scratch.state[j].T
+            _fold(s, scratch.state[j], ref, scratch)
 
 
 def _recompute_starts(s: Sizes, j: Any, inputs: Inputs, saved_ref: Any, scratch: Scratch, sums: Sums) -> None:
