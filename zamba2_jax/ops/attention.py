@@ -137,7 +137,8 @@ def _attend_in_blocks(
     memory does not grow with either.
     """
     (b, t, h, p), (kv, u) = q.shape, k.shape[1:3]
-    size, wide = min(_block_size(k, t), u), at_least_fp32(q.dtype)
+    # Never the whole cache: XLA on CPU would then compute the cache with the new keys twice, each time in a copy.
+    size, wide = min(_block_size(k, t), -(-u // 2)), at_least_fp32(q.dtype)
     # One axis for all queries of a key head: with two of them XLA copies every block of keys transposed.
     q = q.swapaxes(1, 2).reshape(b, kv, h // kv * t, p)
     last = jnp.tile(slots, (1, h // kv))[:, None, :, None]
