@@ -4,10 +4,10 @@
     python experiments/bench_generation.py first batch            # any of: first, batch, memory, machine
     python experiments/bench_generation.py memory float32         # in float32, or in bfloat16, alone
 
-Needs the `parity` extra. Random weights, greedy, both sides through their `generate` with a cache, transformers at the
-chunk size its scan is fastest with, in float32 and bfloat16. Each contender is a process of its own with its model, one
-after the other, because together they would need 20 GB. Prints tables and writes bench_generation.json beside this
-file.
+Needs the `parity` extra and 16 GB. Random weights, greedy, both sides through their `generate` with a cache,
+transformers at the chunk size its scan is fastest with, in float32 and bfloat16. Each contender is a process of its own
+with its model; the two of a dtype work in turns, so that a busy machine slows both. Prints tables and writes
+bench_generation.json beside this file.
 """
 
 import json
@@ -40,9 +40,11 @@ LONG_PROMPT = 4096
 ROUNDS = 3
 NEW_TOKENS = 16
 TORCH_CHUNK = 64
-CONTENDERS = ("ours float32", "ours bfloat16", "transformers float32", "transformers bfloat16")
+DTYPES = ("float32", "bfloat16")
 
 Generate = Callable[[np.ndarray, int], Any]
+Task = tuple[int, int, int]
+"""Rows, tokens of their prompts, new tokens."""
 
 
 def ours(dtype: str) -> Generate:
@@ -104,6 +106,7 @@ class Contender:
         self._pipe, other = context.Pipe()
         self._process = context.Process(target=work, args=(name, other), daemon=True)
         self._process.start()
+        self.name = name
 
     def __call__(self, b: int, t: int, new: int) -> tuple[float, int]:
         """Seconds to continue b rows of t tokens, and the peak of memory in bytes."""
@@ -116,30 +119,34 @@ class Contender:
         self._process.join()
 
 
-def seconds(contender: Contender, tasks: list[tuple[int, int, int]], rounds: int) -> list[float]:
-    """Medians for each task, after one round to warm up."""
-    times = [[contender(*task)[0] for task in tasks] for _ in range(rounds + 1)]
-    return np.median(times[1:], axis=0).tolist()
+Pair = tuple[Contender, Contender]
+"""Ours, and transformers."""
 
 
-def first(contender: Contender) -> dict[str, float]:
+def seconds(pair: Pair, tasks: list[Task]) -> np.ndarray:
+    """Medians by task and contender, taken in turns, after one round to warm up."""
+    rounds = [[[contender(*task)[0] for contender in pair] for task in tasks] for _ in range(ROUNDS + 1)]
+    return np.median(rounds[1:], axis=0)
+
+
+def first(pair: Pair) -> dict[str, list[float]]:
     """Seconds to the first token, by the length of the prompt."""
-    found = seconds(contender, [(1, t, 1) for t in PROMPTS], ROUNDS)
-    return {f"prompt of {t}: seconds to the first token": value for t, value in zip(PROMPTS, found, strict=True)}
+    found = seconds(pair, [(1, t, 1) for t in PROMPTS])
+    return {f"prompt of {t}: seconds to the first token": row.tolist() for t, row in zip(PROMPTS, found, strict=True)}
 
 
-def batch(contender: Contender) -> dict[str, float]:
+def batch(pair: Pair) -> dict[str, list[float]]:
     """Tokens per second after prompts of 32, by the number of rows."""
     result = {}
     for b in BATCHES:
-        begin, end = seconds(contender, [(b, 32, 1), (b, 32, 1 + NEW_TOKENS)], ROUNDS)
-        result[f"rows {b}: tokens per second"] = b * NEW_TOKENS / (end - begin)
+        begin, end = seconds(pair, [(b, 32, 1), (b, 32, 1 + NEW_TOKENS)])
+        result[f"rows {b}: tokens per second"] = (b * NEW_TOKENS / (end - begin)).tolist()
     return result
 
 
-def memory(contender: Contender) -> dict[str, float]:
+def memory(pair: Pair) -> dict[str, list[float]]:
     """Peak of resident memory for one long prompt, the model included."""
-    return {f"prompt of {LONG_PROMPT}: peak memory, GB": contender(1, LONG_PROMPT, 1)[1] / 1e9}
+    return {f"prompt of {LONG_PROMPT}: peak memory, GB": [side(1, LONG_PROMPT, 1)[1] / 1e9 for side in pair]}
 
 
 def context() -> dict[str, float]:
@@ -203,13 +210,12 @@ def bandwidth() -> float:
 
 
 def show(results: dict[str, dict[str, float]]) -> None:
-    """Prints a line per number and contender, with ours in float32 relative to it."""
-    for key in dict.fromkeys(key for values in results.values() for key in values):
-        print(key)
-        for name, values in results.items():
-            if key in values:
-                ratio = results[CONTENDERS[0]].get(key, float("nan")) / values[key]
-                print(f"  {name:24}{values[key]:9.3f}   ours / it {ratio:6.2f}", flush=True)
+    """Prints a line per number, with what ours is of theirs."""
+    for dtype in DTYPES:
+        mine, theirs = (results.get(f"{side} {dtype}", {}) for side in ("ours", "transformers"))
+        for key in filter(theirs.__contains__, mine):
+            ratio = mine[key] / theirs[key]
+            print(f"{dtype}, {key}: {mine[key]:.3f}, transformers {theirs[key]:.3f}, ratio {ratio:.2f}", flush=True)
 
 
 def write(results: dict[str, dict[str, float]]) -> None:
@@ -221,18 +227,22 @@ def write(results: dict[str, dict[str, float]]) -> None:
 def main() -> None:
     """Runs the named tasks, or all, and writes what they found."""
     tasks = {task.__name__: task for task in (first, batch, memory)}
-    dtypes = {name.split()[1] for name in CONTENDERS}
-    asked = dtypes & set(sys.argv[1:]) or dtypes
-    chosen = [word for word in sys.argv[1:] if word not in dtypes] or [*tasks, "machine"]
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {name: {} for name in CONTENDERS}
-    compared = [name for name in CONTENDERS if name.split()[1] in asked] if set(chosen) & set(tasks) else []
-    for name in compared:
-        contender = Contender(name)
-        for task in chosen:
-            results[name] |= tasks[task](contender) if task in tasks else {}
-        contender.close()
-        write(results)
-        print(name, "is done", file=sys.stderr, flush=True)
+    words = (*tasks, "machine", *DTYPES)
+    if unknown := set(sys.argv[1:]) - set(words):
+        sys.exit(f"{', '.join(sorted(unknown))}: expected any of {', '.join(words)}")
+    asked = [dtype for dtype in DTYPES if dtype in sys.argv[1:]] or DTYPES
+    chosen = [word for word in sys.argv[1:] if word not in DTYPES] or [*tasks, "machine"]
+    results: dict[str, dict[str, float]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for dtype in asked if set(chosen) != {"machine"} else ():
+        pair = Contender(f"ours {dtype}"), Contender(f"transformers {dtype}")
+        for task in filter(tasks.__contains__, chosen):
+            for key, values in tasks[task](pair).items():
+                for contender, value in zip(pair, values, strict=True):
+                    results.setdefault(contender.name, {})[key] = value
+            write(results)
+        for contender in pair:
+            contender.close()
+        print(dtype, "is done", file=sys.stderr, flush=True)
     show(results)
     if "machine" in chosen:
         for key, value in (context() | limit()).items():
