@@ -1,12 +1,13 @@
 """How fast and how exact is the scan on this machine's CPU, beside the others there are?
 
-    python experiments/bench_ssd.py                  # everything, some ten minutes
-    python experiments/bench_ssd.py speed error      # any of: speed, error, length, memory
+    python experiments/bench_ssd.py                  # everything, some twenty minutes
+    python experiments/bench_ssd.py speed error      # any of: speed, error, length, memory, traffic
 
 Needs the `parity` extra, for transformers' own function. `mamba2-jax` and `bonsai` are compared where they can be
 imported. Every ratio is one of medians of calls that took turns, two by two, so that a busy machine slows both sides.
-Prints tables and writes bench_ssd.json beside this file. What the kernels move on a TPU counts ssd_tpu_traffic.py; on a
-GPU they are timed by ssd_gpu.py.
+Prints tables and writes bench_ssd.json beside this file. `traffic` is what the kernels move on TPUs that are not there,
+the worst of each model in the table of ssd_tpu_traffic.py; it is left out without the `tpu` extra. On a GPU the kernels
+are timed by ssd_gpu.py.
 """
 
 import importlib
@@ -26,6 +27,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import jax.numpy as jnp
 import numpy as np
+import ssd_tpu_traffic
 import torch
 from transformers.models.zamba2.modeling_zamba2 import mamba2_chunk_scan
 
@@ -218,6 +220,15 @@ def memory() -> list[Row]:
     ]
 
 
+def traffic() -> list[Row]:
+    """The most bytes that the TPU kernels move, over the fewest possible, of all chips, lengths and starts."""
+    worst: dict[tuple[str, str, str], float] = {}
+    for row in ssd_tpu_traffic.table():
+        key = row["model"], row["dtype"], row["direction"]
+        worst[key] = max(worst.get(key, 0.0), row["pallas"]["ratio"])
+    return [dict(zip(("model", "dtype", "pass"), key, strict=True)) | {"of the fewest": worst[key]} for key in worst]
+
+
 def show(title: str, rows: list[Row]) -> None:
     """As a table."""
     cells = [[f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()] for row in rows]
@@ -230,6 +241,8 @@ def show(title: str, rows: list[Row]) -> None:
 def main() -> None:
     """Runs the parts that were named, or all."""
     parts = {"speed": speed, "error": error, "length": length, "memory": memory}
+    if importlib.util.find_spec("libtpu"):
+        parts["traffic"] = traffic
     unknown = set(sys.argv[1:]) - set(parts)
     if unknown:
         sys.exit(f"{', '.join(sorted(unknown))}: expected any of {', '.join(parts)}")

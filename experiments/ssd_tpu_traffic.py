@@ -218,13 +218,8 @@ def columns(result: dict[str, Any] | None) -> list[str]:
     return [f"{result['bytes'] / 1e6:.1f}", f"{result['ratio']:.2f}", f"{result['temp_bytes'] / 1e6:.1f}"]
 
 
-def main() -> None:
-    """Prints the table and writes it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--all", action="store_true", help="plain XLA on all chips, at all lengths")
-    everything = parser.parse_args().all
-    if importlib.util.find_spec("libtpu") is None:
-        raise SystemExit("The TPU compiler is missing: pip install 'zamba2-jax[tpu]'")
+def table(everything: bool = False) -> list[dict[str, Any]]:
+    """All rows, printed as they are found; with `everything` plain XLA on all chips, at all lengths."""
     rows = []
     print(ROW.format(*HEADER))
     for case in itertools.product(CHIPS, MODELS, DTYPES, LENGTHS, STARTS):
@@ -233,7 +228,18 @@ def main() -> None:
             rows.append(row)
             numbers = [f"{row['floor_bytes'] / 1e6:.1f}", *columns(row["pallas"]), *columns(row.get("xla"))]
             print(ROW.format(*case, row["direction"], *numbers), flush=True)
-    write_atomically(RESULTS, lambda path: path.write_text(json.dumps(rows, indent=1) + "\n"))
+    return rows
+
+
+def main() -> None:
+    """Prints the table and writes it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--all", action="store_true", help="plain XLA on all chips, at all lengths")
+    everything = parser.parse_args().all
+    if importlib.util.find_spec("libtpu") is None:
+        raise SystemExit("The TPU compiler is missing: pip install 'zamba2-jax[tpu]'")
+    text = json.dumps(table(everything), indent=1) + "\n"
+    write_atomically(RESULTS, lambda path: path.write_text(text))
 
 
 if __name__ == "__main__":
