@@ -12,7 +12,6 @@ this file.
 import argparse
 import importlib.util
 import itertools
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +27,7 @@ from jax.sharding import SingleDeviceSharding
 
 from zamba2_jax import Zamba2Config
 from zamba2_jax.ops import causal_attention
-from zamba2_jax.train.files import write_atomically
+from zamba2_jax.train.files import write_json
 
 RESULTS = Path(__file__).with_suffix(".json")
 MODELS = ("zamba2-1.2b", "zamba2-2.7b", "zamba2-7b")
@@ -83,7 +82,7 @@ def main() -> None:
             )
             shown = ["too much" if size is None else f"{size / 1e6:.0f}" for size in (forward, backward)]
             print(f"{where:7}{model:13}{p:4}{t:7}  {name:15}{shown[0]:>11}{shown[1]:>12}", flush=True)
-    write_atomically(RESULTS, lambda path: path.write_text(json.dumps(rows, indent=1) + "\n"))
+    write_json(RESULTS, rows)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from flax import nnx
 
 from zamba2_jax import Zamba2, Zamba2Config, decode_step, generate, prefill
 from zamba2_jax.parity.ours import random_model
-from zamba2_jax.train.files import write_atomically
+from zamba2_jax.train.files import write_json
 
 RESULTS = Path(__file__).with_suffix(".json")
 PRESET = "zamba2-1.2b"
@@ -218,12 +218,6 @@ def show(results: dict[str, dict[str, float]]) -> None:
             print(f"{dtype}, {key}: {mine[key]:.3f}, transformers {theirs[key]:.3f}, ratio {ratio:.2f}", flush=True)
 
 
-def write(results: dict[str, dict[str, float]]) -> None:
-    """All or nothing."""
-    text = json.dumps(results, indent=1) + "\n"
-    write_atomically(RESULTS, lambda path: path.write_text(text))
-
-
 def main() -> None:
     """Runs the named tasks, or all, and writes what they found."""
     tasks = {task.__name__: task for task in (first, batch, memory)}
@@ -239,7 +233,7 @@ def main() -> None:
             for key, values in tasks[task](pair).items():
                 for contender, value in zip(pair, values, strict=True):
                     results.setdefault(contender.name, {})[key] = value
-            write(results)
+            write_json(RESULTS, results)
         for contender in pair:
             contender.close()
         print(dtype, "is done", file=sys.stderr, flush=True)
@@ -248,7 +242,7 @@ def main() -> None:
         for key, value in (context() | limit()).items():
             print(f"{key}: {value:.2f}")
             results.setdefault("machine", {})[key] = value
-        write(results)
+        write_json(RESULTS, results)
 
 
 if __name__ == "__main__":

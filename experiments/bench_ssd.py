@@ -32,7 +32,7 @@ import torch
 from transformers.models.zamba2.modeling_zamba2 import mamba2_chunk_scan
 
 from zamba2_jax.ops import ssd, ssd_sequential
-from zamba2_jax.train.files import write_atomically
+from zamba2_jax.train.files import write_json
 
 RESULTS = Path(__file__).with_suffix(".json")
 SHAPES = {
@@ -253,7 +253,7 @@ def main() -> None:
     for name in sys.argv[1:] or parts:
         results[name] = parts[name]()
         show(name, results[name])
-    write_atomically(RESULTS, lambda path: path.write_text(json.dumps(results, indent=1) + "\n"))
+    write_json(RESULTS, results)
 
 
 if __name__ == "__main__":

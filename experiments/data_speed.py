@@ -22,7 +22,7 @@ from zamba2_jax import Zamba2, Zamba2Config
 from zamba2_jax.train.corpus import code, tokenize_embedded_corpus
 from zamba2_jax.train.data import Batch, batches
 from zamba2_jax.train.documents import Documents
-from zamba2_jax.train.files import write_atomically
+from zamba2_jax.train.files import write_json
 from zamba2_jax.train.optimizer import AdamW
 from zamba2_jax.train.sources import SourceConfig, open_documents, size_of
 from zamba2_jax.train.step import compile_train_step, init_state
@@ -95,8 +95,7 @@ def main() -> None:
         print(f"{what:45} {rate:14,.1f}")
     slowest = min(rate for what, rate in results.items() if what.startswith("feed"))
     print(f"the pipeline at its slowest is {slowest / trained:.0f} times as fast as the training")
-    text = json.dumps(results, indent=1) + "\n"
-    write_atomically(RESULTS, lambda path: path.write_text(text, encoding="utf-8"))
+    write_json(RESULTS, results)
 
 
 if __name__ == "__main__":

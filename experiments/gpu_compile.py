@@ -18,7 +18,6 @@ Prints tables, writes gpu_compile.json beside this file, and exits with 1 if a k
 import argparse
 import importlib.util
 import itertools
-import json
 import os
 import re
 import subprocess
@@ -41,7 +40,7 @@ from ssd_tpu_traffic import gradient, logical_bytes
 from zamba2_jax import Zamba2Config
 from zamba2_jax.ops import causal_attention, ssd, ssd_step
 from zamba2_jax.plan.hlo import traffic
-from zamba2_jax.train.files import write_atomically
+from zamba2_jax.train.files import write_json
 
 RESULTS = Path(__file__).with_suffix(".json")
 TARGET = """
@@ -237,7 +236,7 @@ def main() -> int:
                 f"  {model} attention: {memory['forward_MB']} MB, {memory['gradient_MB']} MB with the gradient",
                 flush=True,
             )
-    write_atomically(RESULTS, lambda path: path.write_text(json.dumps(results, indent=1) + "\n"))
+    write_json(RESULTS, results)
     return int(failed)
 
 

@@ -35,7 +35,7 @@ from zamba2_jax import Zamba2Config
 from zamba2_jax.ops import ssd
 from zamba2_jax.ops.decay import log_decays
 from zamba2_jax.ops.ssd_pallas_gpu import Tuning, ssd_pallas_gpu
-from zamba2_jax.train.files import write_atomically
+from zamba2_jax.train.files import write_json
 
 OUTPUT = Path(__file__).with_suffix(".json")
 ROUNDS, CALLS = 3, 5
@@ -204,7 +204,7 @@ def contenders(model: str, rows: int, tokens: int, scans: dict[str, Pair]) -> di
 
 def write(devices: dict[str, Any]) -> None:
     """All or nothing."""
-    write_atomically(OUTPUT, lambda path: path.write_text(json.dumps(devices, indent=1) + "\n"))
+    write_json(OUTPUT, devices)
 
 
 def main() -> None:

@@ -18,7 +18,6 @@ or everywhere with `--all`. Prints a table and writes ssd_tpu_traffic.json besid
 import argparse
 import importlib.util
 import itertools
-import json
 import os
 import re
 import time
@@ -40,7 +39,7 @@ from zamba2_jax import Zamba2Config
 from zamba2_jax.ops import ssd
 from zamba2_jax.ops.ssd_pallas_tpu import ssd_pallas_tpu
 from zamba2_jax.plan.hlo import traffic
-from zamba2_jax.train.files import write_atomically
+from zamba2_jax.train.files import write_json
 
 RESULTS = Path(__file__).with_suffix(".json")
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
@@ -238,8 +237,7 @@ def main() -> None:
     everything = parser.parse_args().all
     if importlib.util.find_spec("libtpu") is None:
         raise SystemExit("The TPU compiler is missing: pip install 'zamba2-jax[tpu]'")
-    text = json.dumps(table(everything), indent=1) + "\n"
-    write_atomically(RESULTS, lambda path: path.write_text(text))
+    write_json(RESULTS, table(everything))
 
 
 if __name__ == "__main__":
