@@ -7,7 +7,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from zamba2_jax.ops.decay import MAX_CHUNK, log_decays
-from zamba2_jax.ops.placement import kernels, platform
+from zamba2_jax.ops.placement import kernels, on_one_cpu, platform
 from zamba2_jax.ops.ssd_pallas_tpu import ssd_pallas_tpu
 from zamba2_jax.ops.ssd_reference import ssd_associative, ssd_sequential
 from zamba2_jax.ops.ssd_xla import ssd_xla
@@ -92,14 +92,20 @@ def ssd_step(
     """One token of `ssd`: its y, and the state after it.
 
     B and C are repeated for every head: next to the state they are small, and it is what lets the TPU compiler read
-    and write the state once, in one fusion. Divided into groups it moves the state five times.
+    and write the state once, in one fusion. Divided into groups it moves the state five times. A CPU reads it after it
+    was written, and faster so, as one matrix per group.
     """
-    wide, r = state.dtype, x.shape[1] // B.shape[1]
+    wide, (b, g, n) = state.dtype, B.shape
+    r = x.shape[1] // g
     B_of_head, C_of_head = (jnp.repeat(array.astype(wide), r, axis=1) for array in (B, C))
     dt = dt.astype(wide)
     added = (dt[..., None] * x)[..., None] * B_of_head[:, :, None]
     state = jnp.exp(dt * A)[..., None, None] * state + added
-    y = jnp.einsum("bhpn,bhn->bhp", state, C_of_head, precision="highest")
+    if on_one_cpu():
+        y = jnp.einsum("bgmn,bgn->bgm", state.reshape(b, g, -1, n), C.astype(wide), precision="highest")
+        y = y.reshape(x.shape)
+    else:
+        y = jnp.einsum("bhpn,bhn->bhp", state, C_of_head, precision="highest")
     return (y if D is None else y + D[:, None] * x).astype(x.dtype), state
 
 
