@@ -1,3 +1,6 @@
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,7 +8,7 @@ import pytest
 
 from tests.helpers import assert_close, normal
 from zamba2_jax.ops import adapter, linear
-from zamba2_jax.ops.linear import BLOCK
+from zamba2_jax.ops.linear import BLOCK, FEW_ROWS
 
 
 def test_linear_and_adapter(x64):
@@ -62,12 +65,22 @@ def test_blocked_sums_are_exact_to_rounding_in_value_and_gradient(inner):
         assert error < 2.5 * np.finfo(np.float32).eps, name
 
 
-@pytest.mark.parametrize("batch", [(2,), (2, 1), (1, 2)])
-def test_two_rows_of_float32_in_value_and_gradient(batch):
+@pytest.mark.parametrize("batch", [(2,), (1, 2), (3, 1), (FEW_ROWS // 8, 8), (FEW_ROWS + 1,)])
+def test_few_rows_of_float32_in_value_and_gradient(batch):
+    """With the sides in that order in the compiled program too: XLA undoes it where nothing keeps it from it."""
     x, w, cotangent = (normal(*shape, dtype=jnp.float32) for shape in ((*batch, 40), (7, 40), (*batch, 7)))
-    y, backward = jax.vjp(linear, x, w)
+
+    def one_more(x, w):
+        return linear(x, w) + 1
+
+    rows = str(math.prod(batch))
+    product = re.search(r"= f32\[(\d+),(\d+)\]\S* dot\(", jax.jit(one_more).lower(x, w).compile().as_text())
+    assert product is not None
+    assert product.groups() == (("7", rows) if int(rows) <= FEW_ROWS else (rows, "7"))
+
+    y, backward = jax.vjp(jax.jit(one_more), x, w)
     dx, dw = backward(cotangent)
     wide_x, wide_w, wide_cotangent = (np.asarray(array, np.float64) for array in (x, w, cotangent))
-    assert_close(y, wide_x @ wide_w.T, 1e-6)
+    assert_close(y, wide_x @ wide_w.T + 1, 1e-6)
     assert_close(dx, wide_cotangent @ wide_w, 1e-6)
-    assert_close(dw, wide_cotangent.reshape(2, 7).T @ wide_x.reshape(2, 40), 1e-6)
+    assert_close(dw, wide_cotangent.reshape(-1, 7).T @ wide_x.reshape(-1, 40), 1e-6)

@@ -1,14 +1,12 @@
 """Matrix products with a weight: the dense layer and the low-rank adapter.
 
-Weights are held by outputs, [out, in], as published checkpoints hold them. On CPU XLA's product of a few rows of x with
-such a weight is up to twice as fast as with its transpose, and of no number of rows slower.
+Weights are held by outputs, [out, in], as published checkpoints hold them. On CPU XLA packs the right side of a product
+anew each time. For few rows of float32 that is most of the work if the weight is on the right, so it is on the left: 2
+to 3 times as fast up to 16 rows, 1.2 times at 128, no faster beyond.
 
 At matmul precision "highest" (`jax.default_matmul_precision`) long sums of float32 are taken in blocks. On CPU, XLA's
 product rounds 1.6 times as badly as the MKL of PyTorch, because it adds up more terms in a row; in blocks of 128 it is
 the more exact of the two and takes a tenth longer.
-
-On CPU XLA packs the right side of a product anew each time. For few rows of float32 that is most of the work if the
-weight is on the right, so it is on the left: 2 to 3 times as fast up to 16 rows, 1.2 times at 128, no faster beyond.
 
 Where the CPU has instructions for bfloat16, XLA's product of it is 1.5 to 2 times as fast as that of float32 if its
 result is float32 and there are two rows at least; else it is slower than that of float32, for one row nine times.
@@ -94,7 +92,7 @@ def _product(a: Array, b: Array, a_axes: Axes, b_axes: Axes, dtype: jnp.dtype) -
 
 
 def _at_highest() -> bool:
-    return jax.config.jax_default_matmul_precision == "highest"  # type: ignore[attr-defined, no-any-return]
+    return jax.config.jax_default_matmul_precision == "highest"  # type: ignore[attr-defined]
 
 
 def _bfloat16_on_cpu(a: Array, b: Array, a_axes: Axes, b_axes: Axes) -> Array:
