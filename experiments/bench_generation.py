@@ -11,13 +11,11 @@ bench_generation.json beside this file.
 """
 
 import json
-import multiprocessing
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import jax.numpy as jnp
 import numpy as np
+from contender import Contender
 from flax import nnx
 
 from zamba2_jax import Zamba2, Zamba2Config, decode_step, generate, prefill
@@ -43,12 +42,13 @@ TORCH_CHUNK = 64
 DTYPES = ("float32", "bfloat16")
 
 Generate = Callable[[np.ndarray, int], Any]
+"""Continues rows of tokens [b, t] by some more."""
 Task = tuple[int, int, int]
 """Rows, tokens of their prompts, new tokens."""
 
 
 def ours(dtype: str) -> Generate:
-    """Continues rows of tokens [b, t] by some more, with our model of random weights."""
+    """With our model of random weights."""
     model = random_model(Zamba2Config.preset(PRESET), seed=0, dtype=dtype)
     return lambda prompts, new: generate(model, prompts.tolist(), new, slots=len(prompts))
 
@@ -79,44 +79,15 @@ def theirs(dtype: str) -> Generate:
     return run
 
 
-def work(contender: str, pipe: Connection) -> None:
-    """A contender's process: answers (rows, prompt, new tokens) by seconds and the peak of its memory in bytes."""
+def task_runner(contender: str) -> Callable[[int, int, int], None]:
+    """What a contender's process does with a `Task`."""
     side, dtype = contender.split()
-    run = ours(dtype) if side == "ours" else theirs(dtype)
-    while (task := pipe.recv()) is not None:
-        b, t, new = task
-        prompts = np.random.default_rng(0).integers(3, 32000, (b, t))
-        Path("/proc/self/clear_refs").write_text("5")  # the peak of memory counts from here
-        start = time.perf_counter()
-        run(prompts, new)
-        pipe.send((time.perf_counter() - start, peak_memory()))
+    write = ours(dtype) if side == "ours" else theirs(dtype)
 
+    def run(b: int, t: int, new: int) -> None:
+        write(np.random.default_rng(0).integers(3, 32000, (b, t)), new)
 
-def peak_memory() -> int:
-    """Largest resident memory of this process, in bytes."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return 1024 * int(line.split()[1])
-
-
-class Contender:
-    """The other end of a contender's process."""
-
-    def __init__(self, name: str):
-        context = multiprocessing.get_context("spawn")
-        self._pipe, other = context.Pipe()
-        self._process = context.Process(target=work, args=(name, other), daemon=True)
-        self._process.start()
-        self.name = name
-
-    def __call__(self, b: int, t: int, new: int) -> tuple[float, int]:
-        """Seconds to continue b rows of t tokens, and the peak of memory in bytes."""
-        self._pipe.send((b, t, new))
-        return self._pipe.recv()
-
-    def close(self) -> None:
-        """Ends the process."""
-        self._pipe.send(None)
-        self._process.join()
+    return run
 
 
 Pair = tuple[Contender, Contender]
@@ -125,7 +96,7 @@ Pair = tuple[Contender, Contender]
 
 def seconds(pair: Pair, tasks: list[Task]) -> np.ndarray:
     """Medians by task and contender, taken in turns, after one round to warm up."""
-    rounds = [[[contender(*task)[0] for contender in pair] for task in tasks] for _ in range(ROUNDS + 1)]
+    rounds = [[[contender(*task).seconds for contender in pair] for task in tasks] for _ in range(ROUNDS + 1)]
     return np.median(rounds[1:], axis=0)
 
 
@@ -146,7 +117,7 @@ def batch(pair: Pair) -> dict[str, list[float]]:
 
 def memory(pair: Pair) -> dict[str, list[float]]:
     """Peak of resident memory for one long prompt, the model included."""
-    return {f"prompt of {LONG_PROMPT}: peak memory, GB": [side(1, LONG_PROMPT, 1)[1] / 1e9 for side in pair]}
+    return {f"prompt of {LONG_PROMPT}: peak memory, GB": [side(1, LONG_PROMPT, 1).memory / 1e9 for side in pair]}
 
 
 def context() -> dict[str, float]:
@@ -228,7 +199,8 @@ def main() -> None:
     chosen = [word for word in sys.argv[1:] if word not in DTYPES] or [*tasks, "machine"]
     results: dict[str, dict[str, float]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for dtype in asked if set(chosen) != {"machine"} else ():
-        pair = Contender(f"ours {dtype}"), Contender(f"transformers {dtype}")
+        names = f"ours {dtype}", f"transformers {dtype}"
+        pair = Contender(names[0], task_runner, names[0]), Contender(names[1], task_runner, names[1])
         for task in filter(tasks.__contains__, chosen):
             for key, values in tasks[task](pair).items():
                 for contender, value in zip(pair, values, strict=True):

@@ -12,14 +12,11 @@ file.
 """
 
 import argparse
-import multiprocessing
 import os
 import tempfile
 import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NamedTuple
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Read when a process starts, so by the contenders: malloc asks for large pages, which both sides gain by.
@@ -29,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from contender import Answer, Contender
 from flax import nnx
 
 from zamba2_jax import Zamba2, Zamba2Config, load_hf, save_hf
@@ -64,14 +62,6 @@ TORCH_CHUNKS = {f"transformers, chunk {size}": size for size in (16, 32, 64, 128
 TRIED, COMPARED, TIMED = 4, 50, 20
 
 Step = Callable[[np.ndarray], float]
-
-
-class Answer(NamedTuple):
-    """Of one step: the loss before it in nats per token, its seconds, the process's peak of memory so far in bytes."""
-
-    loss: float
-    seconds: float
-    memory: int
 
 
 def ours(directory: Path, config: StepConfig) -> Step:
@@ -117,45 +107,9 @@ def theirs(directory: Path, chunk_size: int) -> Step:
     return step
 
 
-def work(name: str, directory: Path, pipe: Connection) -> None:
-    """A contender's process: one of `OURS` or of `TORCH_CHUNKS`. Answers tokens [b, t]."""
-    step = ours(directory, OURS[name]) if name in OURS else theirs(directory, TORCH_CHUNKS[name])
-    while (tokens := pipe.recv()) is not None:
-        start = time.perf_counter()
-        loss = step(tokens)
-        pipe.send(Answer(loss, time.perf_counter() - start, peak_memory()))
-
-
-def peak_memory() -> int:
-    """Largest resident memory of this process, in bytes."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return 1024 * int(line.split()[1])
-
-
-class Contender:
-    """The other end of a contender's process, with all that it answered."""
-
-    def __init__(self, name: str, directory: Path):
-        context = multiprocessing.get_context("spawn")
-        self._pipe, other = context.Pipe()
-        self._process = context.Process(target=work, args=(name, directory, other), daemon=True)
-        self._process.start()
-        self.name = name
-        self.answers: list[Answer] = []
-
-    def step(self, tokens: np.ndarray) -> None:
-        """Has it take a step on tokens [b, t]."""
-        self._pipe.send(tokens)
-        self.answers.append(self._pipe.recv())
-
-    def seconds(self, steps: int) -> float:
-        """Median of the last steps."""
-        return float(np.median([answer.seconds for answer in self.answers[-steps:]]))
-
-    def close(self) -> None:
-        """Ends the process."""
-        self._pipe.send(None)
-        self._process.join()
+def side(name: str, directory: Path) -> Step:
+    """What a contender's process does with tokens: one of `OURS` or of `TORCH_CHUNKS`."""
+    return ours(directory, OURS[name]) if name in OURS else theirs(directory, TORCH_CHUNKS[name])
 
 
 def batches(count: int) -> np.ndarray:
@@ -179,24 +133,33 @@ def product_seconds() -> float:
     return 3 * tokens * (flops.weights + flops.head) / best
 
 
-def compare(directory: Path) -> list[Contender]:
-    """Ours, and last the fastest of theirs, after all steps."""
-    mine, others = ([Contender(name, directory) for name in names] for names in (OURS, TORCH_CHUNKS))
+def compare(directory: Path) -> dict[str, list[Answer]]:
+    """What ours and, last, the fastest of theirs answered at every step."""
+    mine, others = ([Contender(name, side, name, directory) for name in names] for names in (OURS, TORCH_CHUNKS))
     data = batches(COMPARED + TIMED)
-    for tokens in data[:TRIED]:
-        for contender in (*mine, *others):
-            contender.step(tokens)
-    fastest = min(others, key=lambda contender: contender.seconds(TRIED - 1))
+    answers: dict[str, list[Answer]] = {contender.name: [] for contender in (*mine, *others)}
+
+    def take_steps(contenders: list[Contender], rows: np.ndarray) -> None:
+        for tokens in rows:
+            for contender in contenders:
+                answers[contender.name].append(contender(tokens))
+
+    take_steps([*mine, *others], data[:TRIED])
+    fastest = min(others, key=lambda contender: seconds(answers[contender.name][1:]))
     for contender in others:
-        print(f"{contender.name}: {contender.seconds(TRIED - 1):.3f} s", flush=True)
+        print(f"{contender.name}: {seconds(answers[contender.name][1:]):.3f} s", flush=True)
         if contender is not fastest:
             contender.close()
-    for tokens in data[TRIED:]:
-        for contender in (*mine, fastest):
-            contender.step(tokens)
-    for contender in (*mine, fastest):
+    left = [*mine, fastest]
+    take_steps(left, data[TRIED:])
+    for contender in left:
         contender.close()
-    return [*mine, fastest]
+    return {contender.name: answers[contender.name] for contender in left}
+
+
+def seconds(answers: list[Answer]) -> float:
+    """Their median."""
+    return float(np.median([answer.seconds for answer in answers]))
 
 
 def main() -> None:
@@ -207,19 +170,21 @@ def main() -> None:
         directory = Path(temporary) / "model"
         save_hf(model, directory)
         sides = compare(directory)
-    products, theirs = product_seconds(), sides[-1]
+    products = product_seconds()
     results = {"parameters": sum(leaf.size for leaf in jax.tree.leaves(model)), "seconds of the products": products}
-    losses = {side.name: np.array([answer.loss for answer in side.answers[:COMPARED]]) for side in sides}
-    for side in sides:
-        seconds, peak = side.seconds(TIMED), side.answers[-1].memory
-        difference = float(np.abs(losses[side.name] - losses[theirs.name]).max())
-        print(f"{side.name}: {seconds:.3f} s, {ROWS * LENGTH / seconds:.0f} tokens/s, {peak / 1e9:.2f} GB;", end=" ")
-        print(f"of theirs: tokens/s {theirs.seconds(TIMED) / seconds:.2f},", end=" ")
-        print(f"memory {peak / theirs.answers[-1].memory:.2f}; losses differ by {difference:.1e}")
-        results[side.name] = {
-            "seconds": seconds,
-            "tokens per second": ROWS * LENGTH / seconds,
-            "peak memory": peak,
+    losses = {name: np.array([answer.value for answer in answers[:COMPARED]]) for name, answers in sides.items()}
+    times = {name: seconds(answers[-TIMED:]) for name, answers in sides.items()}
+    peaks = {name: max(answer.memory for answer in answers) for name, answers in sides.items()}
+    *_, theirs = sides
+    for name in sides:
+        rate, difference = ROWS * LENGTH / times[name], float(np.abs(losses[name] - losses[theirs]).max())
+        print(f"{name}: {times[name]:.3f} s, {rate:.0f} tokens/s, {peaks[name] / 1e9:.2f} GB;", end=" ")
+        print(f"of theirs: tokens/s {times[theirs] / times[name]:.2f},", end=" ")
+        print(f"memory {peaks[name] / peaks[theirs]:.2f}; losses differ by {difference:.1e}")
+        results[name] = {
+            "seconds": times[name],
+            "tokens per second": rate,
+            "peak memory": peaks[name],
             "largest difference of the losses": difference,
         }
     print(f"the products alone: {products:.3f} s")
