@@ -57,10 +57,10 @@ def adapter(x: Float[Array, "*batch i"], a: Float[Array, "a i"], b: Float[Array,
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _linear(x: Array, w: Array, dtype: jnp.dtype) -> Array:
-    rows = x.reshape(-1, x.shape[-1])
-    if 1 < len(rows) <= FEW_ROWS and x.dtype == jnp.float32 and on_one_cpu() and not _at_highest():
+    rows = math.prod(x.shape[:-1])
+    if 1 < rows <= FEW_ROWS and x.dtype == jnp.float32 and on_one_cpu() and not _at_highest():
         # Without the barrier XLA turns the transpose of a product back into the product of the transposes.
-        y = jax.lax.optimization_barrier(_product(w, rows, (1,), (1,), dtype)).T
+        y = jax.lax.optimization_barrier(_product(w, x.reshape(rows, x.shape[-1]), (1,), (1,), dtype)).T
         return y.reshape(*x.shape[:-1], len(w))
     return _product(x, w, (x.ndim - 1,), (1,), dtype)
 
