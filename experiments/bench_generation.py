@@ -199,8 +199,7 @@ def main() -> None:
     chosen = [word for word in sys.argv[1:] if word not in DTYPES] or [*tasks, "machine"]
     results: dict[str, dict[str, float]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     for dtype in asked if set(chosen) != {"machine"} else ():
-        names = f"ours {dtype}", f"transformers {dtype}"
-        pair = Contender(names[0], task_runner, names[0]), Contender(names[1], task_runner, names[1])
+        pair = Contender(f"ours {dtype}", task_runner), Contender(f"transformers {dtype}", task_runner)
         for task in filter(tasks.__contains__, chosen):
             for key, values in tasks[task](pair).items():
                 for contender, value in zip(pair, values, strict=True):

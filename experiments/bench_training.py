@@ -135,7 +135,7 @@ def product_seconds() -> float:
 
 def compare(directory: Path) -> dict[str, list[Answer]]:
     """What ours and, last, the fastest of theirs answered at every step."""
-    mine, others = ([Contender(name, side, name, directory) for name in names] for names in (OURS, TORCH_CHUNKS))
+    mine, others = ([Contender(name, side, directory) for name in names] for names in (OURS, TORCH_CHUNKS))
     data = batches(COMPARED + TIMED)
     answers: dict[str, list[Answer]] = {contender.name: [] for contender in (*mine, *others)}
 

@@ -17,12 +17,12 @@ class Answer(NamedTuple):
 
 
 class Contender:
-    """A process of its own. `make(*arguments)`, called there, gives the function that answers."""
+    """A process of its own. `make(name, *arguments)`, called there, gives the function that answers."""
 
     def __init__(self, name: str, make: Callable[..., Callable[..., Any]], *arguments: Any):
         context = multiprocessing.get_context("spawn")
         self._pipe, other = context.Pipe()
-        self._process = context.Process(target=_work, args=(other, make, arguments), daemon=True)
+        self._process = context.Process(target=_work, args=(other, make, name, *arguments), daemon=True)
         self._process.start()
         self.name = name
 
@@ -37,7 +37,7 @@ class Contender:
         self._process.join()
 
 
-def _work(pipe: Connection, make: Callable[..., Callable[..., Any]], arguments: tuple[Any, ...]) -> None:
+def _work(pipe: Connection, make: Callable[..., Callable[..., Any]], *arguments: Any) -> None:
     answer = make(*arguments)
     while (question := pipe.recv()) is not None:
         Path("/proc/self/clear_refs").write_text("5")  # the peak of memory counts from here

@@ -202,11 +202,6 @@ def contenders(model: str, rows: int, tokens: int, scans: dict[str, Pair]) -> di
     return found
 
 
-def write(devices: dict[str, Any]) -> None:
-    """All or nothing."""
-    write_json(OUTPUT, devices)
-
-
 def main() -> None:
     """Prints the tables and writes the file; exits with 1 if a result is wrong."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -230,7 +225,7 @@ def main() -> None:
             errors = results["errors"][f"{model} {dtype}"] = check(model, dtype)
             wrong |= not all(error <= limit for error in errors.values())  # NaN is wrong too
             print(f"{model} {dtype:9}", " ".join(f"{name} {error:.1e}" for name, error in errors.items()), flush=True)
-    write(devices)
+    write_json(OUTPUT, devices)
     if wrong:
         sys.exit(f"errors above {LIMITS}: nothing timed")
 
@@ -249,7 +244,7 @@ def main() -> None:
             times = {name: Times(*map(on_device, pair), *map(on_clock, pair)) for name, pair in calls.items()}
             rows_of_table = {name: value._asdict() for name, value in times.items()}
             results["milliseconds"].append({"model": model, "rows": rows, "tokens": tokens, **rows_of_table})
-            write(devices)
+            write_json(OUTPUT, devices)
             print(f"{model} {rows} x {tokens}")
             for name, (forward, both, *clock) in times.items():
                 ratios = (a / b for a, b in zip((forward, both), times["pallas"], strict=False))

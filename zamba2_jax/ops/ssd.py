@@ -93,19 +93,17 @@ def ssd_step(
 
     B and C are repeated for every head: next to the state they are small, and it is what lets the TPU compiler read
     and write the state once, in one fusion. Divided into groups it moves the state five times. A CPU reads it after it
-    was written, and faster so, as one matrix per group.
+    was written, and faster as one matrix per group.
     """
-    wide, (b, g, n) = state.dtype, B.shape
-    r = x.shape[1] // g
-    B_of_head, C_of_head = (jnp.repeat(array.astype(wide), r, axis=1) for array in (B, C))
-    dt = dt.astype(wide)
-    added = (dt[..., None] * x)[..., None] * B_of_head[:, :, None]
+    wide, (b, h, p, n) = state.dtype, state.shape
+    dt, B, C = dt.astype(wide), B.astype(wide), C.astype(wide)
+    r = h // B.shape[1]
+    added = (dt[..., None] * x)[..., None] * jnp.repeat(B, r, axis=1)[:, :, None]
     state = jnp.exp(dt * A)[..., None, None] * state + added
-    if on_one_cpu():
-        y = jnp.einsum("bgmn,bgn->bgm", state.reshape(b, g, -1, n), C.astype(wide), precision="highest")
-        y = y.reshape(x.shape)
-    else:
-        y = jnp.einsum("bhpn,bhn->bhp", state, C_of_head, precision="highest")
+    if not on_one_cpu():
+        C = jnp.repeat(C, r, axis=1)
+    matrices = state.reshape(b, C.shape[1], h * p // C.shape[1], n)
+    y = jnp.einsum("bgmn,bgn->bgm", matrices, C, precision="highest").reshape(b, h, p)
     return (y if D is None else y + D[:, None] * x).astype(x.dtype), state
 
 
