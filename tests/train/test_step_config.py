@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from tests.helpers import SMALL, TINY, assert_close, random_model, random_tokens
 from zamba2_jax import next_token_loss
@@ -56,6 +57,28 @@ def test_loss_and_gradient_are_those_of_the_plain_pass(x64, options):
     step = jax.jit(lambda model, batch: loss_and_gradient(model, batch, StepConfig(**options)))
     # In float64 what is left is the order of additions.
     assert_close(step(random_model(CONFIG, jnp.float64), packed()), plain(), 1e-12)
+
+
+def products_with_weights(remat):
+    """Products without a batch axis in the program of a gradient, forward, backward and again."""
+
+    def count(jaxpr):
+        own = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "dot_general"]
+        inner = sum(count(inner) for eqn in jaxpr.eqns for inner in jaxprs_in_params(eqn.params))
+        return inner + sum(eqn.params["dimension_numbers"][1] == ((), ()) for eqn in own)
+
+    config = StepConfig(remat=remat, scan_layers=False, compute_dtype="bfloat16")
+    step = jax.make_jaxpr(lambda model, batch: loss_and_gradient(model, batch, config))
+    return count(step(random_model(CONFIG), packed()).jaxpr)
+
+
+def test_what_is_kept_is_not_computed_again():
+    kept, again = products_with_weights("matmuls"), products_with_weights("layer")
+    # z, x, (B, C), dt; q, k, v, their six adapters, o, and gate, up, their three adapters and down. The last product
+    # of either gives what is kept anyway.
+    per_layer, per_call = 4, 16
+    assert kept == products_with_weights("none")
+    assert again == kept + CONFIG.num_layers * per_layer + CONFIG.num_calls * per_call
 
 
 @pytest.mark.slow

@@ -57,16 +57,21 @@ def adapter(x: Float[Array, "*batch i"], a: Float[Array, "a i"], b: Float[Array,
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _linear(x: Array, w: Array, dtype: jnp.dtype) -> Array:
+    return _rows_by_weight(x, w, dtype)
+
+
+def _forward(x: Array, w: Array, dtype: jnp.dtype) -> tuple[Array, tuple[Array, Array]]:
+    # Not `_linear` itself, inside of which no policy of `jax.checkpoint` would see the product that it is to save.
+    return _rows_by_weight(x, w, dtype), (x, w)
+
+
+def _rows_by_weight(x: Array, w: Array, dtype: jnp.dtype) -> Array:
     rows = math.prod(x.shape[:-1])
     if 1 < rows <= FEW_ROWS and x.dtype == jnp.float32 and on_one_cpu() and not _at_highest():
         # Without the barrier XLA turns the transpose of a product back into the product of the transposes.
         y = jax.lax.optimization_barrier(_product(w, x.reshape(rows, x.shape[-1]), (1,), (1,), dtype)).T
         return y.reshape(*x.shape[:-1], len(w))
     return _product(x, w, (x.ndim - 1,), (1,), dtype)
-
-
-def _forward(x: Array, w: Array, dtype: jnp.dtype) -> tuple[Array, tuple[Array, Array]]:
-    return _linear(x, w, dtype), (x, w)
 
 
 def _backward(dtype: jnp.dtype, saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
