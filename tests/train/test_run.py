@@ -204,6 +204,20 @@ def test_a_full_disk_ends_the_run_and_the_last_checkpoint_is_named(home, whole, 
     assert_equal(last_state(rest), last_state(whole))
 
 
+def test_a_device_without_enough_memory_is_named(home, tmp_path, monkeypatch):
+    def no_memory(state, batch):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 133.32GiB.\nMore")
+
+    monkeypatch.setattr(run_module, "compile_train_step", lambda *args, **kwargs: no_memory)
+    message = (
+        "memory of the devices (RESOURCE_EXHAUSTED: Out of memory while trying to allocate 133.32GiB.): expected more"
+    )
+    with pytest.raises(
+        ValueError, match=re.escape(message + " step.microbatches than 1, step.remat, or a larger mesh")
+    ):
+        run(config(home, directory=str(tmp_path / "run")), QUIET)
+
+
 def no_space(*args, **kwargs):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -59,7 +59,7 @@ def test_loss_and_gradient_are_those_of_the_plain_pass(x64, options):
     assert_close(step(random_model(CONFIG, jnp.float64), packed()), plain(), 1e-12)
 
 
-def products_with_weights(remat):
+def products_with_weights(model=CONFIG, **options):
     """Products without a batch axis in the program of a gradient, forward, backward and again."""
 
     def count(jaxpr):
@@ -67,18 +67,27 @@ def products_with_weights(remat):
         inner = sum(count(inner) for eqn in jaxpr.eqns for inner in jaxprs_in_params(eqn.params))
         return inner + sum(eqn.params["dimension_numbers"][1] == ((), ()) for eqn in own)
 
-    config = StepConfig(remat=remat, scan_layers=False, compute_dtype="bfloat16")
+    config = StepConfig(compute_dtype="bfloat16", **options)
     step = jax.make_jaxpr(lambda model, batch: loss_and_gradient(model, batch, config))
-    return count(step(random_model(CONFIG), packed()).jaxpr)
+    return count(step(random_model(model), packed()).jaxpr)
 
 
 def test_what_is_kept_is_not_computed_again():
-    kept, again = products_with_weights("matmuls"), products_with_weights("layer")
+    kept, again = (products_with_weights(remat=remat, scan_layers=False) for remat in ("matmuls", "layer"))
     # z, x, (B, C), dt; q, k, v, their six adapters, o, and gate, up, their three adapters and down. The last product
     # of either gives what is kept anyway.
     per_layer, per_call = 4, 16
-    assert kept == products_with_weights("none")
+    assert kept == products_with_weights(remat="none", scan_layers=False)
     assert again == kept + CONFIG.num_layers * per_layer + CONFIG.num_calls * per_call
+
+
+@pytest.mark.parametrize(("platform", "scanned"), [("cpu", True), ("tpu", True), ("gpu", False)])
+def test_deep_models_are_scanned_but_for_gpus(monkeypatch, platform, scanned):
+    deep = dataclasses.replace(CONFIG, num_layers=12)
+    expected = products_with_weights(deep, scan_layers=scanned)
+    monkeypatch.setattr("zamba2_jax.train.step.platform", lambda: platform)
+    assert products_with_weights(deep) == expected
+    assert products_with_weights(deep, scan_layers=not scanned) != expected
 
 
 @pytest.mark.slow

@@ -48,7 +48,8 @@ def run(config: RunConfig, console: Console) -> bool:
         Whether the run is done; if not, it was told to stop by SIGTERM, and has left a checkpoint.
 
     Raises:
-        ValueError: the config, the data or the mesh is not valid, or the run in the directory is another one.
+        ValueError: the config, the data or the mesh is not valid, the run in the directory is another one, or a step
+            does not fit in the memory of the devices.
         OSError: a file or directory cannot be read or written; with a checkpoint the last good one is named.
         DivergedError: `config.max_skipped` steps in a row were not finite.
     """
@@ -65,7 +66,15 @@ def run(config: RunConfig, console: Console) -> bool:
         )
         total = boundaries(config.phases)[-1]
         if not checkpoints.steps or checkpoints.steps[-1] < total:
-            _go_on(plan, checkpoints, preempted, console, stack)
+            try:
+                _go_on(plan, checkpoints, preempted, console, stack)
+            except jax.errors.JaxRuntimeError as error:
+                if not str(error).startswith("RESOURCE_EXHAUSTED"):
+                    raise
+                raise ValueError(
+                    f"a step does not fit in the memory of the devices ({str(error).splitlines()[0]}): expected more "
+                    f"step.microbatches than {config.step.microbatches}, step.remat, or a larger mesh"
+                ) from error
         done = checkpoints.steps[-1]
         console.print(f"{done} of {total} steps are done; the last checkpoint is {checkpoints.latest}", soft_wrap=True)
         return done == total

@@ -17,14 +17,17 @@ from zamba2_jax.config import Zamba2Config
 from zamba2_jax.model import Zamba2
 from zamba2_jax.model.loss import loss_share, predicted
 from zamba2_jax.model.stack import Remat, hidden_states
-from zamba2_jax.ops.placement import computed_once
+from zamba2_jax.ops.placement import computed_once, platform
 from zamba2_jax.ops.ssd import Implementation
 from zamba2_jax.sharding import abstract_on_mesh, batch_sharding, constrain, constrain_parameters
 from zamba2_jax.train.data import Batch
 from zamba2_jax.typing import Array, Float, Int
 
 SCANNED_FROM = 12
-"""Layers from which on they run by a scan unless told: below, unrolled layers compile in seconds and run faster."""
+"""Layers from which on they run by a scan unless told: below, unrolled layers compile in seconds and run faster.
+
+Not on a GPU, where XLA copies weights and what is kept for the backward pass into and out of what is stacked.
+"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,7 +40,7 @@ class StepConfig:
         remat: what the forward pass keeps for the backward one: "none" keeps all, "layer" the input of each layer,
             "matmuls" the results of its matrix products too; the rest is recomputed.
         scan_layers: runs repeated layers by a scan over their stacked parameters, which compile once. By default
-            where there are at least `SCANNED_FROM` layers.
+            where there are at least `SCANNED_FROM` layers, but for a GPU.
         compute_dtype: of matrices and activations, with parameters, gradients and the optimizer in the dtype of the
             state; by default that of the state.
         z_loss: weight of the mean square of the logits' ln sum exp, which keeps it near 0 (arXiv:2204.02311).
@@ -260,7 +263,9 @@ def evaluate(model: Zamba2, batches: Iterable[Batch], config: StepConfig = DEFAU
 
 def _loss_share(model: Zamba2, batch: Batch, count: Array, config: StepConfig) -> tuple[Array, Array]:
     """What a batch adds to the mean over `count` tokens, with and without the z-loss."""
-    scan = model.config.num_layers >= SCANNED_FROM if config.scan_layers is None else config.scan_layers
+    scan = config.scan_layers
+    if scan is None:
+        scan = model.config.num_layers >= SCANNED_FROM and platform() != "gpu"
     tokens, segment_ids = map(jnp.asarray, (batch.tokens, batch.segment_ids))
     h = hidden_states(
         model,
