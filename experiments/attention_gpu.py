@@ -3,8 +3,8 @@
     python experiments/attention_gpu.py [--models zamba2-7b ...] [--tokens 4096 ...]
 
 One row in bfloat16, at the heads of the released models, forward and with the gradient; documents are of a fifth of a
-row. Milliseconds on the clock, as ssd_gpu.py takes them, and the largest difference of cuDNN's results from ours, by
-norms. Prints a table.
+row. Then, forward, the second half of a row, whose first half is in a cache. Milliseconds on the clock, as ssd_gpu.py
+takes them, and the largest difference of cuDNN's results from ours, by norms. Prints a table.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from ssd_gpu import differences, of_jax, on_clock, wait
 
 from zamba2_jax import Zamba2Config
-from zamba2_jax.ops import causal_attention
+from zamba2_jax.ops import cached_attention, causal_attention
 
 
 def main() -> None:
@@ -44,6 +44,16 @@ def main() -> None:
                     wait(pair[0]())
                     times = "".join(f"{on_clock(call):8.2f}" for call in pair)
                     print(f"{model} {tokens:6} {name + label:18}{times} {difference:.1e}", flush=True)
+            half, slots = tokens // 2, jnp.arange(tokens // 2, tokens)[None]
+            new, cached = [x[:, half:] for x in qkv.values()], [qkv[name].swapaxes(1, 2) for name in "kv"]
+            arguments = *new, *cached, slots, jnp.ones((1, half), bool)
+            to_cache = partial(cached_attention, scale=shape[-1] ** -0.5)
+            programs = {name: jax.jit(partial(to_cache, implementation=name)) for name in ("xla", "cudnn")}
+            expected = programs["xla"](*arguments)
+            for name, program in programs.items():
+                difference = max(differences(program(*arguments), expected))
+                time = on_clock(partial(program, *arguments))
+                print(f"{model} {tokens:6} {name + ', cached':18}{time:8.2f}         {difference:.1e}", flush=True)
 
 
 if __name__ == "__main__":

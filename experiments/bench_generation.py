@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from contender import Contender
 from flax import nnx
+from generation_gpu import weight_bytes
 
 from zamba2_jax import Zamba2, Zamba2Config, decode_step, generate, prefill
 from zamba2_jax.parity.ours import random_model
@@ -138,7 +139,7 @@ def context() -> dict[str, float]:
 def limit() -> dict[str, float]:
     """How near one row in float32 comes to what its weights allow at the speed of the memory, measured in turns."""
     run, prompts = ours("float32"), np.arange(3, 35)[None]
-    once, every_call = weight_bytes(Zamba2Config.preset(PRESET))
+    once, every_call = weight_bytes(Zamba2Config.preset(PRESET), "float32")
     rates, speeds = [], []
     for _ in range(4 * ROUNDS + 1):
         times = []
@@ -155,18 +156,6 @@ def limit() -> dict[str, float]:
         "one row: of what the weights allow, the shared blocks read at every call": rate * every_call / speed,
         "one row: of what they allow, each read once": rate * once / speed,
     }
-
-
-def weight_bytes(config: Zamba2Config) -> tuple[int, int]:
-    """Bytes of the float32 weights a token needs, and of those it reads if nothing stays in a cache."""
-    model = jax.eval_shape(lambda: Zamba2(config, rngs=nnx.Rngs(0)))
-
-    def size(tree: Any) -> int:
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-    calls = [row.hybrid.block for row in config.layer_plan if row.hybrid is not None]
-    again = sum(size(model.shared[block]) for block in calls) - size(list(model.shared))
-    return size(model), size(model) + again
 
 
 def bandwidth() -> float:

@@ -124,6 +124,27 @@ def test_bfloat16_streams_what_it_gives_at_once():
     assert once == streamed
 
 
+def test_an_accelerator_streams_several_steps_at_a_time(monkeypatch, model):
+    """And takes longer pieces of prompts: fewer programs run, and the completions are the same."""
+    pieces, blocks = [], []
+
+    def spied(calls, function):
+        return lambda *arguments: calls.append(None) or function(*arguments)
+
+    monkeypatch.setattr(module, "prefill_donated", spied(pieces, module.prefill_donated))
+    monkeypatch.setattr(module, "_run", spied(blocks, module._run))
+    requests, done, ran = [Request(prompt_of(600), 20), Request(prompt_of(9), 12)], {}, {}
+    for platform in ("cpu", "gpu"):
+        monkeypatch.setattr(module, "platform", lambda platform=platform: platform)
+        done[platform] = run(Engine(model, slots=2, capacity=640), requests, streaming=True)
+        ran[platform] = len(pieces), len(blocks)
+        pieces.clear(), blocks.clear()
+    assert ran == {"cpu": (3, 19), "gpu": (2, 3)}
+    for one, other in zip(*done.values(), strict=True):
+        assert one.tokens == other.tokens
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=2e-5)
+
+
 def test_a_stop_token_ends_its_request_alone(model):
     prompts = [prompt_of(length, seed=length) for length in (5, 3)]
     free = run(engine_of(model), [Request(prompt, 20) for prompt in prompts])

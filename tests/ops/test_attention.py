@@ -103,18 +103,22 @@ def test_cache_takes_rows_in_pieces(rounding):
             assert (np.asarray(got)[row, :, length:] == k.dtype.type(1e30)).all()
 
 
-@pytest.mark.parametrize(("queries", "block"), [(3, 64), (1, 32)])
-def test_a_cache_of_many_blocks(monkeypatch, rounding, queries, block):
-    """The last block is not whole; row 1 ends in the first, next to slots that hold anything."""
+@pytest.mark.parametrize(
+    ("platform", "queries", "u"), [("cpu", 3, 135), ("cpu", 1, 71), ("gpu", 3, 135), ("gpu", 1, 135), ("gpu", 1, 50)]
+)
+def test_a_cache_of_many_blocks(monkeypatch, rounding, platform, queries, u):
+    """The last block is not whole, or there is but one; row 1 ends in the first, next to slots that hold anything."""
+    monkeypatch.setattr(attention, "platform", lambda: platform)
     monkeypatch.setattr(attention, "BLOCK", 64)
     monkeypatch.setattr(attention, "FITTING", 2**10)
-    u = 2 * block + 7
+    monkeypatch.setattr(attention, "FILLING", 2**10)
+    attend_to_cache = jax.jit(partial(ops.cached_attention, scale=SCALE))
     q, k, v = (np.asarray(x) for x in arguments(length=u))
     past = np.arange(u)[None] < np.array([[u - 3], [5]])
     keys, values = (np.where(past[..., None, None], x, x.dtype.type(1e30)).swapaxes(1, 2) for x in (k, v))
     slots = np.array([[u - 3], [5]]) + np.arange(queries)
     new = [np.stack([x[row, slots[row]] for row in range(b)]) for x in (q, k, v)]
-    out, *_ = cached_attention(*new, keys, values, slots, np.ones((b, queries), bool), SCALE)
+    out, *_ = attend_to_cache(*new, keys, values, slots, np.ones((b, queries), bool))
     for row in range(b):
         for i, slot in enumerate(slots[row]):
             expected = attend(q[row, slot], k[row, : slot + 1], v[row, : slot + 1])
@@ -296,19 +300,43 @@ def test_default_implementation_by_gpu(monkeypatch, kind, shape, dtype, document
         assert default_implementation(q, ids if documents else None) == expected
 
 
-def test_documents_reach_cudnn_as_a_mask(monkeypatch):
-    """There is no cuDNN here: the same call, computed by JAX in plain XLA, against our own."""
+@pytest.fixture
+def cudnn(monkeypatch):
+    """There is no cuDNN here: its calls, computed by JAX in plain XLA, and how many there were."""
+    in_xla, calls = jax.nn.dot_product_attention, []
+
+    def instead(*arrays, implementation, **options):
+        calls.append(implementation)
+        return in_xla(*arrays, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", instead)
+    return calls
+
+
+def test_documents_reach_cudnn_as_a_mask(cudnn):
     q, k, v = (normal(3, 70, heads, 16, dtype=jnp.bfloat16) for heads in (6, 2, 2))
     ids = np.broadcast_to(np.arange(70) // 20, (3, 70)).copy()
     ids[1, 30:35] = 0
     ids = jnp.asarray(ids)
-    in_xla, seen = jax.nn.dot_product_attention, []
-
-    def instead(*arrays, implementation, **options):
-        seen.append(implementation)
-        return in_xla(*arrays, implementation="xla", **options)
-
-    monkeypatch.setattr(jax.nn, "dot_product_attention", instead)
     got, expected = (ops.causal_attention(q, k, v, 0.3, ids, implementation=name) for name in ("cudnn", "xla"))
-    assert seen == ["cudnn"]
+    assert cudnn == ["cudnn"]
     assert_close(got.astype(jnp.float32), expected.astype(jnp.float32), 2**-7)
+
+
+def test_a_cache_reaches_cudnn_with_a_mask(monkeypatch, cudnn):
+    """By default for more than one new token on a Hopper GPU; next to slots that hold anything."""
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    q, k, v = (normal(3, 9, heads, 16, dtype=jnp.bfloat16) for heads in (6, 2, 2))
+    keys = jnp.full((3, 2, 40, 16), 1e30, jnp.bfloat16).at[:, :, :21].set(normal(3, 2, 21, 16, dtype=jnp.bfloat16))
+    slots, real = jnp.array([[21], [4], [0]]) + jnp.arange(9), jnp.arange(9) < jnp.array([[9], [5], [1]])
+    arguments = q, k, v, keys, keys / 2, slots, real, 0.3
+    expected = ops.cached_attention(*arguments)
+    with for_a_gpu("NVIDIA H200"):
+        got = ops.cached_attention(*arguments)
+        ops.cached_attention(q[:, :1], k[:, :1], v[:, :1], *arguments[3:5], slots[:, :1], real[:, :1], 0.3)
+    assert cudnn == ["cudnn"]
+    for x, wanted in zip(got, expected, strict=True):
+        x, wanted = (np.asarray(y, np.float32) for y in (x, wanted))
+        if x.shape == q.shape:
+            x, wanted = x[real], wanted[real]
+        assert_close(x, wanted, 2**-7)

@@ -10,6 +10,9 @@ from zamba2_jax.model.cache import Cache, init_cache
 from zamba2_jax.model.zamba2 import Zamba2
 from zamba2_jax.typing import Array, Float, Int
 
+APART = {"xla_gpu_dot_merger_threshold_mb": "0"}
+"""For the compiler: else XLA for GPUs joins products of one input, for which it copies their weights at every step."""
+
 
 def prefill(
     model: Zamba2,
@@ -65,7 +68,7 @@ def _take_in(model: Zamba2, tokens: Array, lengths: Array | None, cache: Cache) 
 
 
 _prefill = jax.jit(_take_in)
-prefill_donated = jax.jit(_take_in, donate_argnames="cache")
+prefill_donated = jax.jit(_take_in, donate_argnames="cache", compiler_options=APART)
 """`prefill` without its checks, its arguments all there, which takes the cache's memory for the one it returns."""
 
 

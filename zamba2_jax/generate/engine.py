@@ -20,6 +20,7 @@ from flax import struct
 
 from zamba2_jax.config import Zamba2Config
 from zamba2_jax.generate.decode import (
+    APART,
     check_tokens,
     next_power_of_two,
     padded_length,
@@ -37,6 +38,8 @@ from zamba2_jax.typing import Array, DTypeLike, at_least_fp32
 
 BLOCK = 32
 """Most tokens per slot between two visits to the host."""
+STREAMED = 8
+"""The same while streaming to an accelerator's host: a visit takes it longer than a step takes the device."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +167,7 @@ class Engine:
         *,
         slots: int = 8,
         capacity: int | None = None,
-        chunk: int = 512,
+        chunk: int | None = None,
         decode: Decode | None = None,
     ):
         """An engine without requests. Its caches are allocated here: `cache_bytes(config, slots, capacity, dtype)`.
@@ -176,12 +179,14 @@ class Engine:
             slots: requests that run at a time.
             capacity: tokens per slot; `config.max_position_embeddings` by default.
             chunk: most tokens of a prompt taken in at a time: memory for activations grows with it, not with prompts.
+                By default 512 on CPU and 2,048 elsewhere, where a piece takes long to start.
             decode: text of tokens, for text and stop strings.
 
         Raises:
             ValueError: slots, capacity or chunk is below 1.
         """
         capacity = model.config.max_position_embeddings if capacity is None else capacity
+        chunk = (512 if platform() == "cpu" else 2048) if chunk is None else chunk
         for name, count in {"slots": slots, "capacity": capacity, "chunk": chunk}.items():
             if not is_int(count, 1):
                 raise ValueError(f"{name}={count!r}: expected an integer, at least 1")
@@ -191,6 +196,7 @@ class Engine:
         self._row: Cache | None = None
         # Out of a loop XLA would carry copies of all weights of bfloat16 on CPU, other than its products read them.
         self._loop = not (model.dtype == jnp.bfloat16 and platform() == "cpu")
+        self._streamed = 1 if platform() == "cpu" else STREAMED
         self._tasks: list[_Task | None] = [None] * slots
         self._queue: deque[_Task] = deque()
         self._events: deque[Event] = deque()
@@ -296,8 +302,8 @@ class Engine:
         of a step, such as a KeyboardInterrupt, takes the caches with it, which the step was given to overwrite.
 
         Args:
-            streaming: whether tokens are given as soon as they are there; else up to `BLOCK` steps are run before the
-                host looks at them (not in bfloat16 on CPU, where one is).
+            streaming: whether tokens are given as soon as they are there, or on an accelerator every few steps; else up
+                to `BLOCK` steps are run before the host looks at them (not in bfloat16 on CPU, where one is).
 
         Raises:
             RuntimeError: an exception has broken off a step before.
@@ -310,7 +316,7 @@ class Engine:
             elif self._queue and None in self._tasks:
                 self._start(self._queue.popleft(), self._tasks.index(None))
             else:
-                self._decode(1 if streaming else BLOCK)
+                self._decode(self._streamed if streaming else BLOCK)
 
     def _start(self, task: _Task, slot: int) -> None:
         """Takes a prompt in and chooses its first token."""
@@ -476,7 +482,7 @@ def _insert(
     return _placed(rows), row.token[0], logprob[0]
 
 
-@partial(jax.jit, static_argnames="loop", donate_argnames="rows")
+@partial(jax.jit, static_argnames="loop", donate_argnames="rows", compiler_options=APART)
 def _run(model: Zamba2, rows: _Rows, steps: int, refill: bool, loop: bool) -> tuple[_Rows, Array, Array, Array]:
     """Up to `steps` tokens for every live row: until none is live, or, with `refill`, until one ends.
 

@@ -15,11 +15,14 @@ BLOCK = 512
 """Slots of a cache that many queries attend to at a time: on CPU the fastest of powers of two."""
 FITTING = 2**19
 """Numbers in those keys of a block that one query per row attends to: what stays in a CPU's cache while it is read."""
+FILLING = 2**24
+"""The same on a GPU, where the host decides on every block more, which takes longer than to read so many."""
 
-LONGEST_MASK = 2**14
-"""Tokens up to which cuDNN is the default for documents: it reads a mask of t times t, half a GB for a row of these."""
+LARGEST_MASK = 2**28
+"""Pairs of tokens of a row up to which cuDNN is the default where it reads a mask of them, half a GB of so many."""
 
 Implementation = Literal["xla", "splash", "cudnn"]
+CachedImplementation = Literal["xla", "cudnn"]
 
 
 def causal_attention(
@@ -50,10 +53,8 @@ def causal_attention(
     implementation = implementation or default_implementation(q, segment_ids)
     tags = None if segment_ids is None else document_tags(segment_ids)
     if implementation == "cudnn":
-        if reason := _not_for_cudnn(q):
-            raise ValueError(reason)
-        mask = None if tags is None else (tags[:, :, None] == tags[:, None, :])[:, None]
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, is_causal=True, implementation="cudnn")
+        mask = None if tags is None else tags[:, :, None] == tags[:, None, :]
+        return _cudnn(q, k, v, mask, scale, is_causal=True)
     if implementation == "splash":
         return attention_splash(q, k, v, tags, scale)
     if implementation == "xla":
@@ -75,10 +76,11 @@ def cached_attention(
     slots: Int[Array, "b t"],
     real: Bool[Array, "b t"],
     scale: float,
+    implementation: CachedImplementation | None = None,
 ) -> tuple[Float[Array, "b t h p"], Shaped[Array, "b kv u p"], Shaped[Array, "b kv u p"]]:
     """Writes new keys and values into a cache, then attends to all of the row up to each query.
 
-    In plain XLA on every platform, by blocks of slots; not differentiable in reverse.
+    Not differentiable in reverse.
 
     Args:
         q, k, v: of the new tokens.
@@ -88,6 +90,9 @@ def cached_attention(
         slots: where each new token goes, ascending along t. A slot past the end is not written.
         real: False at padding, which is not written either and whose output has no meaning.
         scale: factor on the scores.
+        implementation: "xla", by blocks of slots, as far as there are tokens; or "cudnn", which reads all slots and a
+            mask [b, t, u], for what `causal_attention` has it for. By default "cudnn" on a Hopper GPU for what it
+            takes, for more than one new token and a mask of up to `LARGEST_MASK`; else "xla".
 
     Returns:
         The attention output, and the cache's keys and values with the new tokens in them.
@@ -96,6 +101,10 @@ def cached_attention(
     target = jnp.where(real, slots, cached_k.shape[2])
     cached_k = cached_k.at[row, :, target].set(_stored(k, cached_k.dtype), mode="drop")
     cached_v = cached_v.at[row, :, target].set(_stored(v, cached_v.dtype), mode="drop")
+    if (implementation or _default_for_cache(q, cached_k)) == "cudnn":
+        visible = jnp.arange(cached_k.shape[2]) <= slots[..., None]
+        keys, values = (_read(x, q.dtype).swapaxes(1, 2) for x in (cached_k, cached_v))
+        return _cudnn(q, keys, values, visible, scale, is_causal=False), cached_k, cached_v
     return _attend_in_blocks(q, cached_k, cached_v, slots, real, scale), cached_k, cached_v
 
 
@@ -137,8 +146,7 @@ def _attend_in_blocks(
     memory does not grow with either.
     """
     (b, t, h, p), (kv, u) = q.shape, k.shape[1:3]
-    # Never the whole cache: XLA on CPU would then compute the cache with the new keys twice, each time in a copy.
-    size, wide = min(_block_size(k, t), -(-u // 2)), at_least_fp32(q.dtype)
+    size, wide = _block_size(k, t), at_least_fp32(q.dtype)
     # One axis for all queries of a key head: with two of them XLA copies every block of keys transposed.
     q = q.swapaxes(1, 2).reshape(b, kv, h // kv * t, p)
     last = jnp.tile(slots, (1, h // kv))[:, None, :, None]
@@ -160,30 +168,50 @@ def _attend_in_blocks(
         return new_top, kept * total + weights.sum(axis=-1, keepdims=True), kept * out + added
 
     zeros = jnp.zeros((*q.shape[:3], 1), wide)
-    blocks = jnp.minimum(jnp.max(slots, where=real, initial=0), u - 1) // size + 1
     # Every query sees slot 0, so that `top` is finite from the first block on.
-    _, total, out = jax.lax.fori_loop(0, blocks, add, (zeros - jnp.inf, zeros, jnp.zeros(q.shape, wide)))
+    nothing = zeros - jnp.inf, zeros, jnp.zeros(q.shape, wide)
+    if size == u:
+        _, total, out = add(jnp.int32(0), nothing)
+    else:
+        blocks = jnp.minimum(jnp.max(slots, where=real, initial=0), u - 1) // size + 1
+        _, total, out = jax.lax.fori_loop(0, blocks, add, nothing)
     return (out / total).reshape(b, h, t, p).swapaxes(1, 2).astype(q.dtype)
 
 
 def _block_size(k: Shaped[Array, "b kv u p"], queries: int) -> int:
     """Slots that are attended to at a time."""
-    if queries > 1:
-        return BLOCK
-    b, kv, _, p = k.shape
-    return next(size for size in (512, 256, 128, 64, 32) if size == 32 or size * b * kv * p <= FITTING)
+    b, kv, u, p = k.shape
+    if platform() == "gpu":
+        return min(u, max(BLOCK, FILLING // (b * kv * p)) if queries == 1 else BLOCK)
+    fitting = next(size for size in (512, 256, 128, 64, 32) if size == 32 or size * b * kv * p <= FITTING)
+    # Never the whole cache: XLA on CPU would then compute the cache with the new keys twice, each time in a copy.
+    return min(fitting if queries == 1 else BLOCK, -(-u // 2))
+
+
+def _cudnn(q: Array, k: Array, v: Array, mask: Array | None, scale: float, *, is_causal: bool) -> Array:
+    """By cuDNN, for a mask of [b, t, u], True where a query may attend."""
+    if reason := _not_for_cudnn(q):
+        raise ValueError(reason)
+    mask = None if mask is None else mask[:, None]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, is_causal=is_causal, implementation="cudnn")
 
 
 def default_implementation(q: Float[Array, "b t h p"], segment_ids: Int[Array, "b t"] | None) -> Implementation:
     """What `causal_attention` uses unless told; with several devices see `placement`.
 
-    "splash" on a TPU; "cudnn" on a Hopper GPU for what it takes, in documents up to `LONGEST_MASK` tokens a row; else
+    "splash" on a TPU; "cudnn" on a Hopper GPU for what it takes, in documents up to a mask of `LARGEST_MASK`; else
     "xla". On other GPUs cuDNN has not been measured to be faster yet.
     """
     if (found := kernels()) == "tpu":
         return "splash"
-    long = segment_ids is not None and q.shape[1] > LONGEST_MASK
+    long = segment_ids is not None and q.shape[1] ** 2 > LARGEST_MASK
     return "cudnn" if found == "gpu" and not long and _not_for_cudnn(q) is None else "xla"
+
+
+def _default_for_cache(q: Float[Array, "b t h p"], cached_k: Shaped[Array, "b kv u p"]) -> CachedImplementation:
+    t, u = q.shape[1], cached_k.shape[2]
+    fits = t > 1 and t * u <= LARGEST_MASK and _not_for_cudnn(q) is None
+    return "cudnn" if fits and kernels() == "gpu" else "xla"
 
 
 def _not_for_cudnn(q: Array) -> str | None:
