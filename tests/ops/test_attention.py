@@ -273,6 +273,19 @@ def test_what_an_implementation_does_not_do_is_refused(unchecked, implementation
 
 
 @pytest.mark.parametrize(
+    ("implementation", "message"),
+    [
+        ("splash", "implementation='splash': expected one of xla, cudnn"),
+        ("cudnn", "q has dtype float32, cuDNN takes"),
+    ],
+)
+def test_what_attends_to_no_cache_is_refused(unchecked, implementation, message):
+    x, cache, one = jnp.zeros((1, 3, 2, 16)), jnp.zeros((1, 2, 8, 16)), jnp.arange(3)[None]
+    with pytest.raises(ValueError, match=message):
+        ops.cached_attention(x, x, x, cache, cache, one, one >= 0, 1.0, implementation=implementation)
+
+
+@pytest.mark.parametrize(
     ("backend", "devices", "expected"),
     [("cpu", 1, "xla"), ("tpu", 1, "splash"), ("tpu", 4, "xla")],
 )
@@ -288,6 +301,8 @@ def test_default_implementation(monkeypatch, backend, devices, expected):
         ("NVIDIA H200", (1, 2**15, 2, 224), jnp.bfloat16, False, "cudnn"),
         ("NVIDIA H200", (1, 2**14, 2, 224), jnp.bfloat16, True, "cudnn"),
         ("NVIDIA H200", (1, 2**15, 2, 224), jnp.bfloat16, True, "xla"),  # its mask would take 2 GB
+        ("NVIDIA H200", (1, 63, 2, 224), jnp.bfloat16, False, "cudnn"),
+        ("NVIDIA H200", (1, 63, 2, 224), jnp.bfloat16, True, "xla"),  # cuDNN would refuse the gradient
         ("NVIDIA H200", (1, 64, 2, 20), jnp.bfloat16, False, "xla"),
         ("NVIDIA H200", (1, 64, 2, 224), jnp.float32, False, "xla"),
         ("NVIDIA A100-SXM4-80GB", (1, 64, 2, 128), jnp.bfloat16, False, "xla"),

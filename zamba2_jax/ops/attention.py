@@ -96,16 +96,22 @@ def cached_attention(
 
     Returns:
         The attention output, and the cache's keys and values with the new tokens in them.
+
+    Raises:
+        ValueError: `implementation` is not valid, or does not take q.
     """
     row = jnp.arange(q.shape[0])[:, None]
     target = jnp.where(real, slots, cached_k.shape[2])
     cached_k = cached_k.at[row, :, target].set(_stored(k, cached_k.dtype), mode="drop")
     cached_v = cached_v.at[row, :, target].set(_stored(v, cached_v.dtype), mode="drop")
-    if (implementation or _default_for_cache(q, cached_k)) == "cudnn":
+    implementation = implementation or _default_for_cache(q, cached_k)
+    if implementation == "cudnn":
         visible = jnp.arange(cached_k.shape[2]) <= slots[..., None]
         keys, values = (_read(x, q.dtype).swapaxes(1, 2) for x in (cached_k, cached_v))
         return _cudnn(q, keys, values, visible, scale, is_causal=False), cached_k, cached_v
-    return _attend_in_blocks(q, cached_k, cached_v, slots, real, scale), cached_k, cached_v
+    if implementation == "xla":
+        return _attend_in_blocks(q, cached_k, cached_v, slots, real, scale), cached_k, cached_v
+    raise ValueError(f"implementation={implementation!r}: expected one of xla, cudnn")
 
 
 def stored_dtype(dtype: DTypeLike) -> jnp.dtype:
@@ -199,13 +205,15 @@ def _cudnn(q: Array, k: Array, v: Array, mask: Array | None, scale: float, *, is
 def default_implementation(q: Float[Array, "b t h p"], segment_ids: Int[Array, "b t"] | None) -> Implementation:
     """What `causal_attention` uses unless told; with several devices see `placement`.
 
-    "splash" on a TPU; "cudnn" on a Hopper GPU for what it takes, in documents up to a mask of `LARGEST_MASK`; else
-    "xla". On other GPUs cuDNN has not been measured to be faster yet.
+    "splash" on a TPU; "cudnn" on a Hopper GPU for what it takes, in documents for rows of an even length, as it has no
+    gradient of others, and up to a mask of `LARGEST_MASK`; else "xla". On other GPUs cuDNN has not been measured to be
+    faster yet.
     """
     if (found := kernels()) == "tpu":
         return "splash"
-    long = segment_ids is not None and q.shape[1] ** 2 > LARGEST_MASK
-    return "cudnn" if found == "gpu" and not long and _not_for_cudnn(q) is None else "xla"
+    t = q.shape[1]
+    unfit = segment_ids is not None and (t % 2 != 0 or t * t > LARGEST_MASK)
+    return "cudnn" if found == "gpu" and not unfit and _not_for_cudnn(q) is None else "xla"
 
 
 def _default_for_cache(q: Float[Array, "b t h p"], cached_k: Shaped[Array, "b kv u p"]) -> CachedImplementation:
