@@ -10,7 +10,8 @@ import pytest
 
 from tests.helpers import SMALL, TINY, as_dtype, assert_close, forward, normal, pad_rows, random_model, random_tokens
 from tests.model import reference
-from zamba2_jax import capture
+from zamba2_jax import Zamba2, capture, next_token_loss, prefill
+from zamba2_jax.model import shared, stack
 
 VARIANTS = {
     "tiny": TINY,
@@ -36,6 +37,49 @@ def test_equals_the_reference(x64, variant):
     got = forward(model, tokens, positions=positions)
     expected = np.stack([reference.logits(model, *row) for row in zip(tokens, np.asarray(positions), strict=True)])
     assert_close(got, expected, 1e-12)
+
+
+@pytest.fixture(params=VARIANTS)
+def projecting(request, x64, monkeypatch):
+    """A model and tokens, and how to run a function of both, with the embeddings' half of q, k and v projected once."""
+    model = random_model(VARIANTS[request.param], jnp.float64)
+    tokens = random_tokens(model.config, 2, 9)
+
+    def run(function, *, once):
+        with monkeypatch.context() as patch:
+            patch.setattr(shared, "PROJECTED_FROM", 18 if once else 19)
+            program = jax.jit(lambda model, tokens: function(model, tokens)).trace(model, tokens)
+            products = str(program.jaxpr).count("dot_general")
+            return program.lower().compile()(model, tokens), products
+
+    return model, tokens, run
+
+
+def test_what_all_calls_share_is_projected_once(projecting):
+    model, tokens, run = projecting
+    calls = [row.hybrid.block for row in model.config.layer_plan if row.hybrid is not None]
+    repeated = sum(calls.count(block) > 1 for block in range(model.config.num_shared_blocks))
+    got, products = run(Zamba2.__call__, once=True)
+    assert products == run(Zamba2.__call__, once=False)[1] + 3 * repeated
+    assert_close(got, np.stack([reference.logits(model, row, np.arange(9)) for row in tokens]), 1e-12)
+
+
+def test_so_is_the_gradient_and_a_prompt_and_what_a_tap_puts_in_its_place(projecting):
+    def replaced(model, tokens):
+        last = f"layers.{model.config.hybrid_layer_ids[-1]}.shared.input"
+        return capture(model, tokens, edits={last: lambda x: x * jnp.sin(jnp.arange(x.shape[-1]))})[0]
+
+    def gradient(model, tokens):
+        return jax.grad(lambda model: next_token_loss(model, tokens)[0])(model)
+
+    def in_training(model, tokens):
+        return jax.grad(lambda model: stack.hidden_states(model, tokens, remat="layer").std())(model)
+
+    _, _, run = projecting
+    for function in (replaced, gradient, in_training, prefill):
+        (got, products), (expected, others) = (run(function, once=once) for once in (True, False))
+        assert products >= others
+        assert_close(got, expected, 1e-11)
 
 
 def test_rows_longer_than_a_chunk_of_the_scan(x64):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from zamba2_jax.config import HybridPlan, Zamba2Config
 from zamba2_jax.model.divided import embed
 from zamba2_jax.model.mamba import MambaLayer
-from zamba2_jax.model.shared import SharedBlock, SharedCall
+from zamba2_jax.model.shared import Projected, SharedBlock, SharedCall, project_embedded
 from zamba2_jax.model.zamba2 import Zamba2, default_positions
 from zamba2_jax.ops.norm import rms_norm
 from zamba2_jax.ops.ssd import Implementation
@@ -76,10 +76,12 @@ def hidden_states(
     checkpointed = _checkpointed(remat, in_scan=scan)
 
     @checkpointed
-    def call_shared(shared: SharedBlock, call: SharedCall, h: Array, embedded: Array) -> Array:
+    def call_shared(
+        shared: SharedBlock, call: SharedCall, h: Array, embedded: Array, projected: Projected | None = None
+    ) -> Array:
         shared = gather_parameters(cast_matrices(shared, dtype))
         call = gather_parameters(cast_matrices(call, dtype))
-        return shared(h, embedded, call, positions, segment_ids)[0]
+        return shared(h, embedded, call, positions, segment_ids, None, projected)[0]
 
     @checkpointed
     def mix(layer: MambaLayer, h: Array, given: Array | None) -> Array:
@@ -89,10 +91,12 @@ def hidden_states(
     if scan:
         h = _by_scan(model, layers, h, embedded, call_shared, mix)
     else:
+        projected = project_embedded(model.config, cast_matrices(list(model.shared), dtype), embedded)
         for row, layer in zip(model.config.layer_plan, layers, strict=True):
             given = None
             if row.hybrid is not None:
-                given = call_shared(model.shared[row.hybrid.block], model.calls[row.hybrid.call], h, embedded)
+                block, call = model.shared[row.hybrid.block], model.calls[row.hybrid.call]
+                given = call_shared(block, call, h, embedded, projected[row.hybrid.block])
             h = mix(layer, h, given)
     return rms_norm(h, model.norm[...], model.config.rms_norm_eps)
 

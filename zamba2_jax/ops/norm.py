@@ -17,6 +17,12 @@ def rms_norm(x: Float[Array, "*batch d"], scale: Float[Array, " d"], eps: float)
     return (_normalize(x.astype(at_least_fp32(x.dtype)), eps) * scale).astype(x.dtype)
 
 
+def inverse_rms(x: Float[Array, "*batch d"], eps: float) -> Float[Array, "*batch 1"]:
+    """1 / sqrt(mean(x^2) + eps) over the last axis, in at least float32."""
+    x = x.astype(at_least_fp32(x.dtype))
+    return jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+
+
 def gated_rms_norm(
     x: Float[Array, "*batch e"], z: Float[Array, "*batch e"], scale: Float[Array, " e"], ngroups: int, eps: float
 ) -> Float[Array, "*batch e"]:
@@ -36,7 +42,7 @@ def _normalize(x: Float[Array, "*batch d"], eps: float) -> Float[Array, "*batch 
 
 
 def _forward(x: Array, eps: float) -> tuple[Array, tuple[Array, Array]]:
-    inverse = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps)
+    inverse = inverse_rms(x, eps)
     return x * inverse, (x, inverse)
 
 
