@@ -124,25 +124,23 @@ def test_bfloat16_streams_what_it_gives_at_once():
     assert once == streamed
 
 
-def test_an_accelerator_streams_several_steps_at_a_time(monkeypatch, model):
-    """And takes longer pieces of prompts: fewer programs run, and the completions are the same."""
-    pieces, blocks = [], []
+@pytest.mark.parametrize(("platform", "length", "visits"), [("cpu", 512, 19), ("gpu", 1024, 3)])
+def test_an_accelerator_takes_longer_pieces_and_streams_several_steps_at_a_time(
+    monkeypatch, model, platform, length, visits
+):
+    monkeypatch.setattr(module, "platform", lambda: platform)
+    calls, decode = [], module._run
+    monkeypatch.setattr(module, "_run", lambda *arguments: calls.append(None) or decode(*arguments))
+    (done,) = run(Engine(model, slots=1, capacity=CAPACITY), [Request(prompt_of(5), 20)], streaming=True)
+    assert list(done.tokens) == greedy(model, prompt_of(5), 20)
+    assert len(calls) == visits
 
-    def spied(calls, function):
-        return lambda *arguments: calls.append(None) or function(*arguments)
+    def see(model, tokens, *others):
+        raise InterruptedError(tokens.shape)
 
-    monkeypatch.setattr(module, "prefill_donated", spied(pieces, module.prefill_donated))
-    monkeypatch.setattr(module, "_run", spied(blocks, module._run))
-    requests, done, ran = [Request(prompt_of(600), 20), Request(prompt_of(9), 12)], {}, {}
-    for platform in ("cpu", "gpu"):
-        monkeypatch.setattr(module, "platform", lambda platform=platform: platform)
-        done[platform] = run(Engine(model, slots=2, capacity=640), requests, streaming=True)
-        ran[platform] = len(pieces), len(blocks)
-        pieces.clear(), blocks.clear()
-    assert ran == {"cpu": (3, 19), "gpu": (2, 3)}
-    for one, other in zip(*done.values(), strict=True):
-        assert one.tokens == other.tokens
-        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=2e-5)
+    monkeypatch.setattr(module, "prefill_donated", see)
+    with pytest.raises(InterruptedError, match=re.escape(str((1, length)))):
+        run(Engine(model, slots=1, capacity=640), [Request(prompt_of(600), 1)])
 
 
 def test_a_stop_token_ends_its_request_alone(model):
