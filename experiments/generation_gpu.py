@@ -11,8 +11,6 @@ generation_gpu.json beside this file, with a table per kind of device.
 
 import argparse
 import json
-import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,6 +19,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from bench_model import seconds
 from flax import nnx
 
 from zamba2_jax import Zamba2, Zamba2Config, cache_bytes
@@ -30,20 +29,9 @@ from zamba2_jax.train.files import write_json
 RESULTS = Path(__file__).with_suffix(".json")
 PROMPTS = (128, 512, 4096)
 SHORT, NEW_TOKENS = 32, 128
-ROUNDS = 5
 
 Generate = Callable[[int, int, int], Any]
 """Continues so many rows of prompts of so many tokens by so many more."""
-
-
-def seconds(call: Callable[[], Any]) -> float:
-    """Median of `ROUNDS` after one to warm up."""
-    times = []
-    for _ in range(ROUNDS + 1):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
 
 
 def engine_of(model: Zamba2, slots: int, capacity: int) -> Generate:
@@ -83,7 +71,7 @@ def bandwidth() -> float:
     """Bytes per second that a copy of 4 GiB reads and writes."""
     array = jnp.ones(2**30, jnp.float32)
     copy = jax.jit(lambda array: array + 1)
-    return 2 * array.nbytes / seconds(lambda: jax.block_until_ready(copy(array)))
+    return 2 * array.nbytes / seconds(partial(copy, array))
 
 
 def weight_bytes(config: Zamba2Config, dtype: str) -> tuple[int, int]:

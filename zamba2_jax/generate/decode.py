@@ -11,7 +11,10 @@ from zamba2_jax.model.zamba2 import Zamba2
 from zamba2_jax.typing import Array, Float, Int
 
 APART = {"xla_gpu_dot_merger_threshold_mb": "0"}
-"""For the compiler: else XLA for GPUs joins products of one input, for which it copies their weights at every step."""
+"""For the compiler: else XLA for GPUs joins products of one input, for which it copies their weights at every step.
+
+Only for programs of the engine: what users may call in programs of their own can have no options.
+"""
 
 
 def prefill(

@@ -189,7 +189,7 @@ class SharedBlock(nnx.Module):
         return tap("output", linear(x, call.linear[...])), cache
 
     def project_embedded(self, embedded: Float[Array, "b t d"]) -> Projected | None:
-        """What the embeddings add to q, k and v at every call but for its factor; None where that is not faster."""
+        """What the embeddings add to q, k and v at every call but for its factor; None where that may not be faster."""
         if not on_one_cpu() or math.prod(embedded.shape[:-1]) < PROJECTED_FROM:
             return None
         scaled = embedded * self.norm[...][self.config.hidden_size :]
