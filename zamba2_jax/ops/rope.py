@@ -1,5 +1,6 @@
 """Rotary position embedding (arXiv:2104.09864), half-split form."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -23,6 +24,18 @@ def rotate(x: Float[Array, "b t h p"], positions: Int[Array, "b t"], base: float
         return jnp.cos(angle), jnp.concatenate([-jnp.sin(angle), jnp.sin(angle)], axis=-2)
 
     cos, sin = computed_once(table, positions)
-    pairs = x.astype(wide).reshape(*x.shape[:-1], 2, half)
-    # The halves change places by a reversal: halves cut out and put together again are slower, backward above all.
-    return (pairs * cos + jnp.flip(pairs, -2) * sin).reshape(x.shape).astype(x.dtype)
+    return _turn(x.reshape(*x.shape[:-1], 2, half), cos, sin).reshape(x.shape)
+
+
+@jax.custom_vjp
+def _turn(pairs: Array, cos: Array, sin: Array) -> Array:
+    # The halves change places by a reversal: halves cut out and put together again are slower.
+    wide = pairs.astype(cos.dtype)
+    return (wide * cos + jnp.flip(wide, -2) * sin).astype(pairs.dtype)
+
+
+# Back is to turn the other way. What JAX derives writes the products with sin in order to reverse them.
+_turn.defvjp(
+    lambda pairs, cos, sin: (_turn(pairs, cos, sin), (cos, sin)),
+    lambda tables, cotangent: (_turn(cotangent, tables[0], -tables[1]), None, None),
+)
