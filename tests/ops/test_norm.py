@@ -1,9 +1,11 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.test_util import check_grads
 
 from tests.helpers import assert_close, normal
-from zamba2_jax.ops import gated_rms_norm, rms_norm
+from zamba2_jax.ops import gated_rms_norm, norm, rms_norm
 
 
 def test_rms_norm(x64):
@@ -12,7 +14,9 @@ def test_rms_norm(x64):
     assert_close(rms_norm(x, scale, 0.1), expected, 1e-14)
 
 
-def test_gated_rms_norm_gates_first_and_norms_each_group(x64):
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_gated_rms_norm_gates_first_and_norms_each_group(x64, monkeypatch, platform):
+    monkeypatch.setattr(norm, "platform", lambda: platform)
     x, z, scale = normal(2, 3, 12), normal(2, 3, 12, seed=1), normal(12)
     gated = np.asarray(x * z / (1 + np.exp(-z)))
     expected = np.empty_like(gated)
@@ -22,13 +26,11 @@ def test_gated_rms_norm_gates_first_and_norms_each_group(x64):
     assert_close(gated_rms_norm(x, z, scale, 3, 0.1), expected * scale, 1e-14)
 
 
-def test_gradients_are_those_of_finite_differences(x64):
-    def plain(*arrays):
-        return rms_norm(*map(jnp.asarray, arrays), 0.1)
-
-    def gated(*arrays):
-        return gated_rms_norm(*map(jnp.asarray, arrays), 3, 0.1)
-
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_gradients_are_those_of_finite_differences(x64, monkeypatch, platform):
+    monkeypatch.setattr(norm, "platform", lambda: platform)
+    plain = jax.jit(lambda x, scale: rms_norm(x, scale, 0.1))
+    gated = jax.jit(lambda x, z, scale: gated_rms_norm(x, z, scale, 3, 0.1))
     x, z, scale = normal(2, 3, 12), normal(2, 3, 12, seed=1), normal(12)
     check_grads(plain, (x, scale), order=1, modes=["rev"])
     check_grads(gated, (x, z, scale), order=1, modes=["rev"])

@@ -8,6 +8,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from zamba2_jax.ops.placement import platform
 from zamba2_jax.ops.sums import sum_over
 from zamba2_jax.typing import Array, Float, at_least_fp32
 
@@ -30,10 +31,7 @@ def gated_rms_norm(
 
     This is Mamba2's norm with `norm_before_gate=False` (arXiv:2405.21060, section 7.1).
     """
-    wide = at_least_fp32(x.dtype)
-    gated = x.astype(wide) * jax.nn.silu(z.astype(wide))
-    groups = gated.reshape(*x.shape[:-1], ngroups, -1)
-    return (_normalize(groups, eps).reshape(x.shape) * scale).astype(x.dtype)
+    return _gated(x, z, scale, ngroups, eps)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -53,3 +51,54 @@ def _backward(eps: float, saved: tuple[Array, Array], cotangent: Array) -> tuple
 
 
 _normalize.defvjp(_forward, _backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _gated(x: Array, z: Array, scale: Array, ngroups: int, eps: float) -> Array:
+    return _gated_forward(x, z, scale, ngroups, eps)[0]
+
+
+def _gated_forward(x: Array, z: Array, scale: Array, ngroups: int, eps: float) -> tuple[Array, tuple[Array, ...]]:
+    wide = at_least_fp32(x.dtype)
+    gated = x.astype(wide) * jax.nn.silu(z.astype(wide))
+    inverse = jax.lax.rsqrt(_group_means(gated * gated, ngroups) + eps)
+    return (gated * _of_groups(inverse, gated.shape[-1]) * scale).astype(x.dtype), (x, z, scale, inverse)
+
+
+def _gated_backward(ngroups: int, eps: float, saved: tuple[Array, ...], cotangent: Array) -> tuple[Array, ...]:
+    x, z, scale, inverse = saved
+    wide_x, wide_z, cotangent = (array.astype(inverse.dtype) for array in (x, z, cotangent))
+    sigmoid, d_normed = jax.nn.sigmoid(wide_z), cotangent * scale
+    silu = wide_z * sigmoid
+    gated, factor = wide_x * silu, _of_groups(inverse, len(scale))
+    means = _group_means(d_normed * gated, ngroups)
+    d_gated = factor * d_normed - _of_groups(inverse**3 * means, len(scale)) * gated
+    d_z = d_gated * wide_x * (sigmoid + silu * (1 - sigmoid))
+    d_scale = jnp.sum(cotangent * gated * factor, range(x.ndim - 1))
+    return (d_gated * silu).astype(x.dtype), d_z.astype(z.dtype), d_scale.astype(scale.dtype)
+
+
+_gated.defvjp(_gated_forward, _gated_backward)
+
+
+def _group_means(x: Float[Array, "*batch e"], ngroups: int) -> Float[Array, "*batch g"]:
+    """The mean of each of `ngroups` equal slices of the last axis."""
+    size = x.shape[-1] // ngroups
+    if platform() != "tpu":
+        return sum_over(x.reshape(*x.shape[:-1], ngroups, size), -1) / size
+    group = jnp.arange(x.shape[-1]) // size
+    return jnp.stack([jnp.sum(jnp.where(group == i, x, 0), -1) for i in range(ngroups)], -1) / size
+
+
+def _of_groups(values: Float[Array, "*batch g"], width: int) -> Float[Array, "*batch e"]:
+    """For each of `width` channels in equal groups the value of its group.
+
+    On a TPU, where a tile is part of the last two axes, an axis that is split in two is a copy of the array.
+    """
+    ngroups = values.shape[-1]
+    if platform() != "tpu":
+        return jnp.repeat(values, width // ngroups, axis=-1)
+    group, result = jnp.arange(width) // (width // ngroups), values[..., :1]
+    for i in range(1, ngroups):
+        result = jnp.where(group >= i, values[..., i : i + 1], result)
+    return result
