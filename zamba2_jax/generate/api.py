@@ -65,7 +65,9 @@ def stream(
     prefix: Sequence[int] = (),
     slots: int = 8,
 ) -> Iterator[Event]:
-    """As `generate`, token by token: a `Token` for each as it comes, and a `Completion` after a prompt's last.
+    """As `generate`, token by token: a `Token` for each, and a `Completion` after a prompt's last.
+
+    On CPU a token is given as it comes, on an accelerator with up to `engine.STREAMED` others.
 
     `event.request` is the index of the prompt. With a tokenizer each token carries the text it adds.
 
