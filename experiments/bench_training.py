@@ -130,7 +130,7 @@ def product_seconds() -> float:
             jax.block_until_ready(product(a, b))
             best = max(best, 2 * tokens * width * outputs / (time.perf_counter() - start))
     flops = forward_flops(CONFIG, LENGTH)
-    return 3 * tokens * (flops.weights + flops.head) / best
+    return 3 * tokens * (flops.weights + flops.ends) / best
 
 
 def compare(directory: Path) -> dict[str, list[Answer]]:

@@ -81,9 +81,12 @@ def weight_bytes(config: Zamba2Config, dtype: str) -> tuple[int, int]:
     def size(tree: Any) -> int:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
-    calls = [row.hybrid.block for row in config.layer_plan if row.hybrid is not None]
-    again = sum(size(model.shared[block]) for block in calls) - size(list(model.shared))
-    return size(model), size(model) + again
+    once = [
+        (block.attention.q_embedded, block.attention.k_embedded, block.attention.v_embedded) for block in model.shared
+    ]
+    each_call = [size(block) - size(of_block) for block, of_block in zip(model.shared, once, strict=True)]
+    calls = sum(each_call[row.hybrid.block] for row in config.layer_plan if row.hybrid is not None)
+    return size(model), size(model) - sum(each_call) + calls
 
 
 def step_bytes(config: Zamba2Config, b: int) -> int:

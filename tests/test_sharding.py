@@ -17,7 +17,8 @@ from zamba2_jax.model.parameter import named_parameters
 from zamba2_jax.sharding import MESH_AXES, check_mesh, constrain, gather_parameters, make_mesh, shard_model
 from zamba2_jax.train.data import Batch
 from zamba2_jax.train.optimizer import AdamW
-from zamba2_jax.train.step import compile_train_step, init_state
+from zamba2_jax.train.step import StepConfig, compile_train_step, init_state
+from zamba2_jax.train.step import loss_and_gradient as step_gradient
 
 # What eight devices divide; all sizes different, and 56 nothing but the vocabulary.
 EIGHT = dataclasses.replace(
@@ -64,9 +65,12 @@ PLACES = {
     "layers.1.mamba.out": P("fsdp", "tensor"),
     "shared.0.norm": P(None),
     "shared.0.mlp_norm": P(None),
-    "shared.0.attention.q": P("tensor", "fsdp"),
-    "shared.0.attention.k": P("tensor", "fsdp"),
-    "shared.0.attention.v": P("tensor", "fsdp"),
+    "shared.0.attention.q_residual": P("tensor", "fsdp"),
+    "shared.0.attention.q_embedded": P("tensor", "fsdp"),
+    "shared.0.attention.k_residual": P("tensor", "fsdp"),
+    "shared.0.attention.k_embedded": P("tensor", "fsdp"),
+    "shared.0.attention.v_residual": P("tensor", "fsdp"),
+    "shared.0.attention.v_embedded": P("tensor", "fsdp"),
     "shared.0.attention.o": P("fsdp", "tensor"),
     "shared.0.mlp.gate": P("tensor", "fsdp"),
     "shared.0.mlp.up": P("tensor", "fsdp"),
@@ -164,6 +168,15 @@ def test_loss_and_gradient_are_those_of_one_device(x64, sizes, config):
         assert_close(compiled(sharded, tokens, segment_ids), expected, 1e-12)
     whole_vocabulary = re.findall(r"f64\[(?:\d+,)*56[,\]]", compiled.as_text())
     assert bool(whole_vocabulary) == (mesh.shape["tensor"] == 1)
+
+
+def test_layers_by_a_scan_are_those_of_one_device(x64):
+    config = dataclasses.replace(EIGHT, num_layers=4, hybrid_layer_ids=(1, 3), num_shared_blocks=2)
+    model, batch = random_model(config, jnp.float64), Batch(*packed_rows())
+    step = jax.jit(lambda model: step_gradient(model, batch, StepConfig(scan_layers=True, remat="layer")))
+    expected, mesh = step(model), mesh_of((1, 2, 2, 2))
+    with jax.set_mesh(mesh):
+        assert_close(step(shard_model(model, mesh)), expected, 1e-12)
 
 
 def test_what_flows_inside_is_that_of_one_device(x64):

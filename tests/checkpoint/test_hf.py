@@ -302,6 +302,8 @@ SPECS = {
     "layers.0.mamba.conv_bc": (None, None),
     "layers.0.mamba.A_log": ("tensor",),
     "layers.0.mamba.out": ("fsdp", "tensor"),
+    "shared.1.attention.q_residual": ("tensor", "fsdp"),
+    "shared.1.attention.v_embedded": ("tensor", "fsdp"),
     "shared.1.attention.o": ("fsdp", "tensor"),
     "shared.1.mlp.up": ("tensor", "fsdp"),
     "calls.2.attention.q_b": (("tensor", "fsdp"), None),
@@ -369,7 +371,9 @@ def test_one_error_lists_everything_that_is_wrong(checkpoint):
     arrays = read(checkpoint)
     old = "model.mamba_layers.1.mamba.in_proj.weight"
     gate_up = "model.layers.2.shared_transformer.feed_forward.gate_up_proj.weight"
+    q = "model.layers.2.shared_transformer.self_attn.q_proj.weight"
     arrays[gate_up][44 + 3, 5] = np.nan
+    arrays[q][7, 24 + 3] = np.nan
     arrays["model.layers.4.mamba.D"][2] = np.inf
     arrays["extra"] = np.zeros(3, np.float32)
     arrays["lm_head.weight"] = arrays["model.embed_tokens.weight"] + 1
@@ -385,6 +389,7 @@ def test_one_error_lists_everything_that_is_wrong(checkpoint):
         "lm_head.weight: differs from model.embed_tokens.weight, to which it is tied",
         "model.layers.1.mamba.out_proj.weight: has shape [48, 24], expected [24, 48]",
         f"{gate_up}: not finite in rows 44 to 87",
+        f"{q}: not finite in columns 24 to 47",
         "model.layers.3.linear.weight: has dtype I8, expected one of BF16, F16, F32, F64",
         "model.layers.4.mamba.A_log: missing",
         "model.layers.4.mamba.D: not finite in rows 0 to 5",

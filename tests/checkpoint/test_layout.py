@@ -40,6 +40,11 @@ BY_HAND = {
         ["layers.80.mamba.norm"],
     ),
     "model.layers.77.linear.weight": (["model.linear_layers.12.weight"], (3584, 3584), ["calls.12.linear"]),
+    "model.layers.11.shared_transformer.self_attn.k_proj.weight": (
+        ["model.blocks.1.self_attn.k_proj.weight"],
+        (7168, 7168),
+        ["shared.1.attention.k_residual", "shared.1.attention.k_embedded"],
+    ),
     "model.layers.6.shared_transformer.self_attn.o_proj.weight": (
         ["model.blocks.0.self_attn.o_proj.weight"],
         (3584, 7168),
@@ -73,9 +78,11 @@ def test_the_parts_of_the_table_are_the_parameters_of_the_model(config):
     parameters, table = named_parameters(abstract_model(config)), tensors(config)
     assert Counter(part.path for tensor in table for part in tensor.parts) == Counter(parameters.keys())
     for tensor in table:
-        assert sum(part.rows for part in tensor.parts) == tensor.shape[0], tensor.name
-        parts = tensor.split(np.broadcast_to(np.float32(0), tensor.shape))
+        assert sum(part.size for part in tensor.parts) == tensor.shape[tensor.axis], tensor.name
+        array = np.arange(np.prod(tensor.shape), dtype=np.int32).reshape(tensor.shape)
+        parts = tensor.split(array)
         assert {path: part.shape for path, part in parts.items()} == {path: parameters[path].shape for path in parts}
+        np.testing.assert_array_equal(tensor.join(list(parts.values())), array)
 
 
 @pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
@@ -131,8 +138,8 @@ FORMS = [(Form.SAME, (5,)), (Form.SAME, (5, 3)), (Form.CONV, (4, 6))]
 @pytest.mark.parametrize(("form", "shape"), FORMS, ids=str)
 def test_a_form_and_its_inverse(form, shape):
     array = np.arange(np.prod(shape)).reshape(shape)
-    rows = form.to_hf(array)
-    assert rows.shape == {Form.SAME: shape, Form.CONV: (6, 1, 4)}[form]
-    np.testing.assert_array_equal(form.from_hf(rows), array)
+    part = form.to_hf(array)
+    assert part.shape == {Form.SAME: shape, Form.CONV: (6, 1, 4)}[form]
+    np.testing.assert_array_equal(form.from_hf(part), array)
     index = (slice(1, 3), slice(0, 2))[: len(shape)]
-    np.testing.assert_array_equal(form.from_hf(rows[form.rows_index(index)]), array[index])
+    np.testing.assert_array_equal(form.from_hf(part[form.part_index(index)]), array[index])

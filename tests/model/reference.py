@@ -61,7 +61,8 @@ def rotate(x, position, theta):
 
 def attention(a, adapters, x, positions, c):
     def project(name):
-        y = x @ array(getattr(a, name)).T
+        w = np.concatenate([array(getattr(a, f"{name}_residual")), array(getattr(a, f"{name}_embedded"))], axis=1)
+        y = x @ w.T
         if adapters is not None:
             y += x @ array(getattr(adapters, f"{name}_a")).T @ array(getattr(adapters, f"{name}_b")).T
         y = y.reshape(len(x), -1, c.attention_head_dim)

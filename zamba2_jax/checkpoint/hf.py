@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from zamba2_jax.checkpoint.layout import Form, Tensor, ignored, tensors
+from zamba2_jax.checkpoint.layout import Tensor, ignored, tensors
 from zamba2_jax.config import Zamba2Config
 from zamba2_jax.model.parameter import named_parameters, with_values
 from zamba2_jax.model.zamba2 import Zamba2
@@ -67,15 +67,16 @@ def load_hf(source: str | os.PathLike[str], *, dtype: DTypeLike | None = None, m
     parameters = named_parameters(model)
     arrays: dict[str, jax.Array] = {}
     for tensor, entry in found:
-        first_row = 0
+        start = 0
         for part in tensor.parts:
             parameter = parameters[part.path]
             target = _FLOATS[entry.dtype] if dtype is None else param_dtype(len(parameter.shape), dtype)
-            read = _Reader(entry, tensor.form, first_row, parameter.shape, target)
-            first_row += part.rows
+            read = _Reader(entry, tensor, start, parameter.shape, target)
+            start += part.size
             arrays[part.path] = _place(parameter, read, mesh)
             if read.not_finite:
-                problems.append(f"{entry.name}: not finite in rows {read.first_row} to {first_row - 1}")
+                along = ("rows", "columns")[tensor.axis]
+                problems.append(f"{entry.name}: not finite in {along} {read.start} to {start - 1}")
             if problems:
                 del arrays[part.path]
     if problems:
@@ -139,25 +140,27 @@ class Entry(NamedTuple):
 
 
 class _Reader:
-    """Reads slices of one parameter from its rows of a tensor, and notes whether all it read was finite."""
+    """Reads slices of one parameter from its part of a tensor, and notes whether all it read was finite."""
 
-    def __init__(self, entry: Entry, form: Form, first_row: int, shape: tuple[int, ...], dtype: np.dtype):
-        self.entry, self.form, self.first_row, self.shape, self.dtype = entry, form, first_row, shape, dtype
+    def __init__(self, entry: Entry, tensor: Tensor, start: int, shape: tuple[int, ...], dtype: np.dtype):
+        self.entry, self.tensor, self.start, self.shape, self.dtype = entry, tensor, start, shape, dtype
         self.not_finite = False
 
     def __call__(self, index: tuple[slice, ...]) -> np.ndarray:
         ranges = [range(size)[along] for along, size in zip(index, self.shape, strict=True)]
         values = np.empty([len(along) for along in ranges], self.dtype)
-        rows = self.form.to_hf(values)  # a view
-        of_rows, *rest = self.form.rows_index(tuple(slice(along.start, along.stop) for along in ranges))
-        first_row = self.first_row + of_rows.start
+        rows = self.tensor.form.to_hf(values)  # a view
+        place = list(self.tensor.form.part_index(tuple(slice(along.start, along.stop) for along in ranges)))
+        own = place[self.tensor.axis]
+        place[self.tensor.axis] = slice(self.start + own.start, self.start + own.stop)
+        of_rows, *rest = place
         step = max(1, _BLOCK // (math.prod(self.entry.shape[1:]) * _FLOATS[self.entry.dtype].itemsize))
         for start in range(0, len(rows), step):
             stop = min(start + step, len(rows))
             # One opening per block: what a mapped file has shown stays in memory until it is closed.
             with safe_open(self.entry.file, framework="numpy") as file:
                 view = file.get_slice(self.entry.name)
-                block = view[(slice(first_row + start, first_row + stop), *rest)].astype(self.dtype)
+                block = view[(slice(of_rows.start + start, of_rows.start + stop), *rest)].astype(self.dtype)
             self.not_finite |= not bool(np.isfinite(block).all())
             rows[start:stop] = block
         return values
@@ -308,8 +311,7 @@ def _dtype(tensor: Tensor, parameters: dict[str, jax.Array], dtype: DTypeLike | 
 
 def _assemble(tensor: Tensor, parameters: dict[str, jax.Array], dtype: DTypeLike | None) -> np.ndarray:
     """A tensor of the checkpoint, from the parameters it holds."""
-    rows = [tensor.form.to_hf(np.asarray(parameters[part.path])) for part in tensor.parts]
-    whole = np.concatenate(rows) if len(rows) > 1 else rows[0]
+    whole = tensor.join([np.asarray(parameters[part.path]) for part in tensor.parts])
     return np.ascontiguousarray(whole, dtype=_dtype(tensor, parameters, dtype))
 
 

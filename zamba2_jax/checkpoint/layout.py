@@ -1,10 +1,11 @@
 """Where each parameter of the model lies in a Hugging Face checkpoint: the one table, for reading and for writing.
 
 A published tensor holds one parameter, or several stacked along its rows: `in_proj` is z, x, (B, C) and dt;
-`gate_up_proj` is gate and up. The rows of a matrix are outputs there as here.
+`gate_up_proj` is gate and up; or along its columns: `q_proj` is what reads the residual stream and what reads the
+embeddings. The rows of a matrix are outputs there as here.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from enum import Enum
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from zamba2_jax.config import HybridPlan, Zamba2Config
 
 
 class Form(Enum):
-    """How a parameter and its rows of a tensor relate."""
+    """How a parameter and its part of a tensor relate."""
 
     SAME = "same"
     """All but taps: as they are."""
@@ -22,15 +23,15 @@ class Form(Enum):
     """Depthwise taps: [taps, channels] here, [channels, 1, taps] there."""
 
     def to_hf(self, array: np.ndarray) -> np.ndarray:
-        """A parameter as its rows of the tensor."""
+        """A parameter as its part of the tensor."""
         return array if self is Form.SAME else array.T[:, None, :]
 
-    def from_hf(self, rows: np.ndarray) -> np.ndarray:
-        """Rows of a tensor as a parameter."""
-        return rows if self is Form.SAME else rows[:, 0, :].T
+    def from_hf(self, part: np.ndarray) -> np.ndarray:
+        """A part of a tensor as a parameter."""
+        return part if self is Form.SAME else part[:, 0, :].T
 
-    def rows_index(self, index: tuple[slice, ...]) -> tuple[slice, ...]:
-        """The index into the rows of a tensor that selects what `index` selects of the parameter."""
+    def part_index(self, index: tuple[slice, ...]) -> tuple[slice, ...]:
+        """The index into the part of a tensor that selects what `index` selects of the parameter."""
         if self is Form.SAME:
             return index
         taps, channels = index
@@ -38,15 +39,15 @@ class Form(Enum):
 
 
 class Part(NamedTuple):
-    """Rows of a tensor that are one parameter.
+    """Rows or columns of a tensor that are one parameter.
 
     Attributes:
         path: of the parameter in the model, as in `model.layers[3].mamba.in_z`: "layers.3.mamba.in_z".
-        rows: how many.
+        size: how many.
     """
 
     path: str
-    rows: int
+    size: int
 
 
 class Tensor(NamedTuple):
@@ -56,7 +57,8 @@ class Tensor(NamedTuple):
         name: in the current layout.
         aliases: its names in older layouts.
         shape: of the whole tensor.
-        parts: what is stacked along its rows, in order.
+        parts: what is stacked along `axis`, in order.
+        axis: 0 for rows, 1 for columns.
         form: how its parameters are laid out.
         copies: names under which files may hold the same values again: the head of a tied model, and a shared block
             at the later layers that call it. transformers 5 shares blocks only where it ties the head too, so a file
@@ -67,14 +69,20 @@ class Tensor(NamedTuple):
     aliases: tuple[str, ...]
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
+    axis: int = 0
     form: Form = Form.SAME
     copies: tuple[str, ...] = ()
 
     def split(self, array: np.ndarray) -> dict[str, np.ndarray]:
         """The parameters in a tensor of this name, by path."""
-        ends = np.cumsum([part.rows for part in self.parts])[:-1]
-        rows = np.split(array, ends)
-        return {part.path: self.form.from_hf(own) for part, own in zip(self.parts, rows, strict=True)}
+        ends = np.cumsum([part.size for part in self.parts])[:-1]
+        arrays = np.split(array, ends, self.axis)
+        return {part.path: self.form.from_hf(own) for part, own in zip(self.parts, arrays, strict=True)}
+
+    def join(self, parameters: Sequence[np.ndarray]) -> np.ndarray:
+        """The tensor of these parameters, which are in the order of `parts`."""
+        arrays = [self.form.to_hf(parameter) for parameter in parameters]
+        return np.concatenate(arrays, self.axis) if len(arrays) > 1 else arrays[0]
 
 
 def tensors(config: Zamba2Config) -> list[Tensor]:
@@ -207,8 +215,8 @@ def _block_tensors(config: Zamba2Config, block: int) -> Iterator[Tensor]:
     yield tensor("input_layernorm.weight", (size,), ("norm", size))
     yield tensor("pre_ff_layernorm.weight", (d,), ("mlp_norm", d))
     for head, rows in (("q", size), ("k", kv_size), ("v", kv_size)):
-        part = (f"attention.{head}", rows)
-        yield tensor(f"self_attn.{head}_proj.weight", (rows, size), part)
+        halves = ((f"attention.{head}_residual", d), (f"attention.{head}_embedded", d))
+        yield tensor(f"self_attn.{head}_proj.weight", (rows, size), *halves)._replace(axis=1)
     yield tensor("self_attn.o_proj.weight", (d, size), ("attention.o", d))
     kinds = [("weight", ""), *([("bias", "_bias")] if config.add_bias_linear else [])]
     for kind, suffix in kinds:

@@ -1,12 +1,10 @@
 """The shared transformer block and what each call of it owns (arXiv:2411.15242, section 2).
 
 Every call of a block reads [residual, embedding], so that half of the input of q, k and v is the same each time but for
-the factor of the norm, one number per token. `SharedBlock.project_embedded` has that half's products once for all
-calls: for 1.2B with its six calls that saves 7 % of a pass.
+the factor of the norm, one number per token. Their matrices are held in two halves, and `SharedBlock.project_embedded`
+has the products with the second once for all calls: for 1.2B with its six calls that saves 7 % of a pass.
 """
 
-import math
-from collections import Counter
 from collections.abc import Sequence
 
 import jax
@@ -20,15 +18,12 @@ from zamba2_jax.model.parameter import Rngs, norm_scale, normal, optional_bias, 
 from zamba2_jax.model.tap import Tap, no_tap, scoped
 from zamba2_jax.ops.linear import adapter, linear
 from zamba2_jax.ops.norm import inverse_rms, rms_norm
-from zamba2_jax.ops.placement import on_one_cpu
+from zamba2_jax.ops.placement import platform
 from zamba2_jax.ops.rope import rotate
 from zamba2_jax.typing import Array, DTypeLike, Float, Int, at_least_fp32
 
-PROJECTED_FROM = 256
-"""Tokens from which on the embeddings' half of q, k and v is projected once; cutting the weights takes time."""
-
 Projected = Sequence[Float[Array, "b t _"]]
-"""For q, k and v."""
+"""What the second half of the input adds to q, k and v."""
 
 
 class AttentionAdapters(nnx.Module):
@@ -61,46 +56,47 @@ class SharedCall(nnx.Module):
 
 
 class SharedAttention(nnx.Module):
-    """Causal attention from width 2d to width d."""
+    """Causal attention from [residual, embedding], of width 2d, to width d."""
 
     def __init__(self, config: Zamba2Config, *, rngs: Rngs, dtype: DTypeLike = jnp.float32):
-        size, kv_size = config.attention_size, config.kv_size
-        matrix = normal(config.initializer_range)
+        d, size, matrix = config.hidden_size, config.attention_size, normal(config.initializer_range)
+        to_q = ((size, d), ("attention_heads", "d_model"))
+        to_kv = ((config.kv_size, d), ("attention_heads", "d_model"))
         self.config = config
-        self.q = param(rngs, matrix, (size, size), ("attention_heads", "attention_in"), dtype)
-        self.k = param(rngs, matrix, (kv_size, size), ("attention_heads", "attention_in"), dtype)
-        self.v = param(rngs, matrix, (kv_size, size), ("attention_heads", "attention_in"), dtype)
-        self.o = param(rngs, matrix, (config.hidden_size, size), ("d_model", "attention_heads"), dtype)
+        self.q_residual = param(rngs, matrix, *to_q, dtype)
+        self.k_residual = param(rngs, matrix, *to_kv, dtype)
+        self.v_residual = param(rngs, matrix, *to_kv, dtype)
+        self.q_embedded = param(rngs, matrix, *to_q, dtype)
+        self.k_embedded = param(rngs, matrix, *to_kv, dtype)
+        self.v_embedded = param(rngs, matrix, *to_kv, dtype)
+        self.o = param(rngs, matrix, (d, size), ("d_model", "attention_heads"), dtype)
 
     def __call__(
         self,
         x: Float[Array, "b t attention_in"],
+        projected: Projected,
         adapters: AttentionAdapters | None,
         positions: Int[Array, "b t"],
         segment_ids: Int[Array, "b t"] | None = None,
         cache: KVCache | None = None,
-        second_half: Projected | None = None,
         *,
         tap: Tap = no_tap,
     ) -> tuple[Float[Array, "b t d"], KVCache | None]:
         """Attention within the rows, or, with a cache, to all that the cache holds and the rows add to it.
 
-        With `second_half`, what the second half of x adds to q, k and v, only the first is projected.
+        `projected` is what `project_embedded` gives for the second half of x.
         """
-        c = self.config
-        if second_half is None:
-            q, k, v = (linear(x, w) for w in self._projections())
-        else:
-            first, wide = x[..., : c.hidden_size], at_least_fp32(x.dtype)
-            weights = (w[:, : c.hidden_size] for w in self._projections())
-            q, k, v = (
-                (linear(first, w, dtype=wide) + added).astype(x.dtype)
-                for w, added in zip(weights, second_half, strict=True)
-            )
+        c, residual = self.config, x[..., : self.config.hidden_size]
+        q, k, v = (
+            (linear(residual, w[...], dtype=at_least_fp32(x.dtype)) + added).astype(x.dtype)
+            for w, added in zip((self.q_residual, self.k_residual, self.v_residual), projected, strict=True)
+        )
         if adapters is not None:
             q += adapter(x, adapters.q_a[...], adapters.q_b[...])
             k += adapter(x, adapters.k_a[...], adapters.k_b[...])
             v += adapter(x, adapters.v_a[...], adapters.v_b[...])
+        if platform() == "tpu":  # or XLA rearranges their sums in float32, by heads, before it rounds them
+            q, k, v = jax.lax.optimization_barrier((q, k, v))
         q, k, v = (y.reshape(*y.shape[:-1], -1, c.attention_head_dim) for y in (q, k, v))
         if c.use_rope:
             q, k = rotate(q, positions, c.rope_theta), rotate(k, positions, c.rope_theta)
@@ -113,12 +109,10 @@ class SharedAttention(nnx.Module):
             cache = KVCache(k=kv[0], v=kv[1])
         return tap("output", linear(y.reshape(x.shape), self.o[...])), cache
 
-    def project_second_half(self, x: Float[Array, "b t d"]) -> Projected:
-        """What x, as the second half of the input, adds to q, k and v, in at least float32."""
-        return [linear(x, w[:, self.config.hidden_size :], dtype=at_least_fp32(x.dtype)) for w in self._projections()]
-
-    def _projections(self) -> tuple[Array, Array, Array]:
-        return self.q[...], self.k[...], self.v[...]
+    def project_embedded(self, x: Float[Array, "b t d"]) -> Projected:
+        """The products of x, the second half of an input, in at least float32."""
+        weights = (self.q_embedded, self.k_embedded, self.v_embedded)
+        return [linear(x, w[...], dtype=at_least_fp32(x.dtype)) for w in weights]
 
 
 class SharedMLP(nnx.Module):
@@ -157,11 +151,11 @@ class SharedBlock(nnx.Module):
         self,
         h: Float[Array, "b t d"],
         embedded: Float[Array, "b t d"],
+        projected: Projected,
         call: SharedCall,
         positions: Int[Array, "b t"],
         segment_ids: Int[Array, "b t"] | None = None,
         cache: KVCache | None = None,
-        projected: Projected | None = None,
         *,
         tap: Tap = no_tap,
     ) -> tuple[Float[Array, "b t d"], KVCache | None]:
@@ -170,33 +164,26 @@ class SharedBlock(nnx.Module):
         Args:
             h: the residual stream.
             embedded: the model's input embeddings.
+            projected: what `project_embedded` gives for them.
             call: what this call owns.
             positions: of the tokens in their documents; with a cache also the slots they take.
             segment_ids: documents; with a cache only their padding is read.
             cache: the call's keys and values so far.
-            projected: what `project_embedded` gives; not read where a tap puts something else in the input's place.
         """
         eps = self.config.rms_norm_eps
         both = jnp.concatenate([h, embedded], axis=-1)
         normed = rms_norm(both, self.norm[...], eps)
-        x, second_half = tap("input", normed), None
-        if projected is not None and x is normed:
-            inverse = inverse_rms(both, eps)
-            second_half = [inverse * added for added in projected]
+        x = tap("input", normed)
+        if x is normed:
+            projected = [inverse_rms(both, eps) * added for added in projected]
+        else:  # a tap has put something else in its place
+            projected = self.attention.project_embedded(x[..., self.config.hidden_size :])
         attend = scoped(tap, "attention")
-        x, cache = self.attention(x, call.attention, positions, segment_ids, cache, second_half, tap=attend)
+        x, cache = self.attention(x, projected, call.attention, positions, segment_ids, cache, tap=attend)
         x = self.mlp(rms_norm(x, self.mlp_norm[...], eps), call, tap=scoped(tap, "mlp"))
         return tap("output", linear(x, call.linear[...])), cache
 
-    def project_embedded(self, embedded: Float[Array, "b t d"]) -> Projected | None:
-        """What the embeddings add to q, k and v at every call but for its factor; None where that may not be faster."""
-        if not on_one_cpu() or math.prod(embedded.shape[:-1]) < PROJECTED_FROM:
-            return None
+    def project_embedded(self, embedded: Float[Array, "b t d"]) -> Projected:
+        """What the embeddings add to q, k and v at every call, but for the factor of its norm."""
         scaled = embedded * self.norm[...][self.config.hidden_size :]
-        return self.attention.project_second_half(scaled.astype(embedded.dtype))
-
-
-def project_embedded(config: Zamba2Config, shared: Sequence[SharedBlock], embedded: Array) -> list[Projected | None]:
-    """`SharedBlock.project_embedded` of every block; None too for a block that is called once."""
-    calls = Counter(row.hybrid.block for row in config.layer_plan if row.hybrid is not None)
-    return [block.project_embedded(embedded) if calls[i] > 1 else None for i, block in enumerate(shared)]
+        return self.attention.project_embedded(scaled.astype(embedded.dtype))

@@ -5,7 +5,7 @@ Only the way is another: parameters stay where `Zamba2` has them, and values are
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from zamba2_jax.config import HybridPlan, Zamba2Config
 from zamba2_jax.model.divided import embed
 from zamba2_jax.model.mamba import MambaLayer
-from zamba2_jax.model.shared import Projected, SharedBlock, SharedCall, project_embedded
+from zamba2_jax.model.shared import Projected, SharedBlock, SharedCall
 from zamba2_jax.model.zamba2 import Zamba2, default_positions
 from zamba2_jax.ops.norm import rms_norm
 from zamba2_jax.ops.ssd import Implementation
@@ -25,6 +25,19 @@ Remat = Literal["none", "layer", "matmuls"]
 too, all else being recomputed."""
 
 Tree = TypeVar("Tree")
+
+
+class Documents(NamedTuple):
+    """Where the tokens of packed rows belong; see `Zamba2.__call__`."""
+
+    positions: Int[Array, "b t"]
+    segment_ids: Int[Array, "b t"] | None
+
+
+Block = tuple[SharedBlock, Projected]
+"""A shared block, and what it has projected of the embeddings."""
+CallShared = Callable[[Documents, Block, SharedCall, Array, Array], Array]
+Mix = Callable[[Documents, MambaLayer, Array, Array | None], Array]
 
 
 class Group(NamedTuple):
@@ -71,69 +84,88 @@ def hidden_states(
     """
     embedded = embed(tokens, model.embed[...], cached=False).astype(dtype or model.dtype)
     h = constrain(embedded, "batch", "time", None)
-    positions = default_positions(embedded, segment_ids)
     layers = cast_matrices(list(model.layers), dtype)
-    checkpointed = _checkpointed(remat, in_scan=scan)
+    documents = Documents(default_positions(embedded, segment_ids), segment_ids)
 
-    @checkpointed
-    def call_shared(
-        shared: SharedBlock, call: SharedCall, h: Array, embedded: Array, projected: Projected | None = None
-    ) -> Array:
-        shared = gather_parameters(cast_matrices(shared, dtype))
+    def call_shared(documents: Documents, block: Block, call: SharedCall, h: Array, embedded: Array) -> Array:
+        shared = gather_parameters(cast_matrices(block[0], dtype))
         call = gather_parameters(cast_matrices(call, dtype))
-        return shared(h, embedded, call, positions, segment_ids, None, projected)[0]
+        return shared(h, embedded, block[1], call, *documents)[0]
 
-    @checkpointed
-    def mix(layer: MambaLayer, h: Array, given: Array | None) -> Array:
+    def mix(documents: Documents, layer: MambaLayer, h: Array, given: Array | None) -> Array:
         layer = gather_parameters(layer)
-        return constrain(layer(h, given, None, segment_ids, implementation=implementation)[0], "batch", "time", None)
+        h = layer(h, given, None, documents.segment_ids, implementation=implementation)[0]
+        return constrain(h, "batch", "time", None)
 
-    if scan:
-        h = _by_scan(model, layers, h, embedded, call_shared, mix)
-    else:
-        projected = project_embedded(model.config, cast_matrices(list(model.shared), dtype), embedded)
-        for row, layer in zip(model.config.layer_plan, layers, strict=True):
-            given = None
-            if row.hybrid is not None:
-                block, call = model.shared[row.hybrid.block], model.calls[row.hybrid.call]
-                given = call_shared(block, call, h, embedded, projected[row.hybrid.block])
-            h = mix(layer, h, given)
+    def project(shared: SharedBlock, embedded: Array) -> Projected:
+        shared = gather_parameters(cast_matrices(shared, dtype))
+        # Held through the whole pass, so in the compute dtype.
+        return [y.astype(embedded.dtype) for y in shared.project_embedded(embedded)]
+
+    project = _checkpointed(project, remat, in_scan=False)
+    blocks = [(shared, project(shared, h)) for shared in model.shared]
+    run = _scanned if scan else _unrolled
+    h = run(model, layers, blocks, h, documents, call_shared, mix, remat)
     return rms_norm(h, model.norm[...], model.config.rms_norm_eps)
 
 
-def _by_scan(
+def _unrolled(
     model: Zamba2,
     layers: Sequence[MambaLayer],
-    h: Array,
+    blocks: Sequence[Block],
     embedded: Array,
-    call_shared: Callable[[SharedBlock, SharedCall, Array, Array], Array],
-    mix: Callable[[MambaLayer, Array, Array | None], Array],
+    documents: Documents,
+    call_shared: CallShared,
+    mix: Mix,
+    remat: Remat,
+) -> Array:
+    """All layers, one by one."""
+    call_shared, mix = (_checkpointed(function, remat, in_scan=False) for function in (call_shared, mix))
+    h = embedded
+    for row, layer in zip(model.config.layer_plan, layers, strict=True):
+        given = None
+        if row.hybrid is not None:
+            given = call_shared(documents, blocks[row.hybrid.block], model.calls[row.hybrid.call], h, embedded)
+        h = mix(documents, layer, h, given)
+    return h
+
+
+def _scanned(
+    model: Zamba2,
+    layers: Sequence[MambaLayer],
+    blocks: Sequence[Block],
+    embedded: Array,
+    documents: Documents,
+    call_shared: CallShared,
+    mix: Mix,
+    remat: Remat,
 ) -> Array:
     """All layers: a scan over the groups, and in it one over the layers of each, filled up to the longest group.
 
     What fills up, and the call that the first group may lack, is passed over when it runs.
     """
-    plan = groups(model.config)
+    plan, stacked = groups(model.config), _stack(blocks)
     size = max(len(group.layers) for group in plan)
+
+    def call_one(at: tuple[Array, Documents], blocks: Any, call: SharedCall, h: Array, embedded: Array) -> Array:
+        return call_shared(at[1], jax.tree.map(lambda leaf: leaf[at[0]], blocks), call, h, embedded)
+
+    def mix_one(at: tuple[Array, Documents], layer: MambaLayer, h: Array, given: Array) -> Array:
+        return mix(at[1], layer, h, jnp.where(at[0] == 0, given, 0))
+
+    call_if = _conditional(call_one, lambda at, blocks, call, h, embedded: jnp.zeros_like(h), remat)
+    mix_if = _conditional(mix_one, lambda at, layer, h, given: h, remat)
 
     def in_group(h: Array, parts: tuple[MambaLayer, SharedCall, Array, Array, Array]) -> tuple[Array, None]:
         layers, call, block, calls, length = parts
-        shared = jax.tree.map(lambda leaf: leaf[block], blocks)
-        given = jax.lax.cond(
-            calls, call_shared, lambda shared, call, h, embedded: jnp.zeros_like(h), shared, call, h, embedded
-        )
+        given = call_if(calls, (block, documents), stacked, call, h, embedded)
 
         def in_layer(h: Array, part: tuple[MambaLayer, Array]) -> tuple[Array, None]:
             layer, i = part
-
-            def run(layer: MambaLayer, h: Array, given: Array, i: Array) -> Array:
-                return mix(layer, h, jnp.where(i == 0, given, 0))
-
-            return jax.lax.cond(i < length, run, lambda layer, h, given, i: h, layer, h, given, i), None
+            return mix_if(i < length, (i, documents), layer, h, given), None
 
         return jax.lax.scan(in_layer, h, (layers, jnp.arange(size)))[0], None
 
-    blocks = _stack(model.shared)
     each = [
         (
             _stack([layers[min(i, group.layers[-1])] for i in range(group.layers[0], group.layers[0] + size)]),
@@ -144,15 +176,44 @@ def _by_scan(
         )
         for group in plan
     ]
-    return jax.lax.scan(in_group, h, _stack(each))[0]
+    return jax.lax.scan(in_group, embedded, _stack(each))[0]
 
 
-def _checkpointed(remat: Remat, *, in_scan: bool) -> Callable[[Callable[..., Array]], Callable[..., Array]]:
-    """What makes a function keep no more than `remat` says; the compiler cannot undo it inside a scan."""
+def _conditional(function: Callable[..., Array], otherwise: Callable[..., Array], remat: Remat) -> Callable[..., Array]:
+    """`function` of (integers, *trees of floats) where a condition comes true, else `otherwise`, in a scan.
+
+    The derivative of `jax.lax.cond` has what a branch keeps among its results, and a scan stacks them up, even what all
+    turns have in common. So where arguments are all that is kept it is written out here: forward again and back in one.
+    """
+    if remat != "layer":
+        kept = _checkpointed(function, remat, in_scan=True)
+        return lambda condition, *arguments: jax.lax.cond(condition, kept, otherwise, *arguments)
+
+    @jax.custom_vjp
+    def choose(condition: Array, integers: Any, *trees: Any) -> Array:
+        return jax.lax.cond(condition, function, otherwise, integers, *trees)
+
+    def forward(*arguments: Any) -> tuple[Array, Any]:
+        return choose(*arguments), arguments
+
+    def backward(arguments: Any, cotangent: Array) -> tuple[Any, ...]:
+        condition, integers, *trees = arguments
+
+        def pulled(branch: Callable[..., Array]) -> Callable[..., Any]:
+            return lambda cotangent, *trees: jax.vjp(partial(branch, integers), *trees)[1](cotangent)
+
+        return None, None, *jax.lax.cond(condition, pulled(function), pulled(otherwise), cotangent, *trees)
+
+    choose.defvjp(forward, backward)
+    return choose
+
+
+def _checkpointed(function: Callable[..., Tree], remat: Remat, *, in_scan: bool) -> Callable[..., Tree]:
+    """The function, keeping no more than `remat` says; the compiler cannot undo it inside a scan."""
     if remat == "none":
-        return lambda function: function
+        return function
     policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "matmuls" else None
-    return partial(jax.checkpoint, policy=policy, prevent_cse=not in_scan)
+    return jax.checkpoint(function, policy=policy, prevent_cse=not in_scan)
 
 
 def _stack(trees: Sequence[Tree]) -> Tree:

@@ -10,7 +10,7 @@ from zamba2_jax.model.cache import Cache, KVCache, MambaState, placed
 from zamba2_jax.model.divided import embed, row_axes
 from zamba2_jax.model.mamba import MambaLayer
 from zamba2_jax.model.parameter import KeyStream, norm_scale, normal, param
-from zamba2_jax.model.shared import SharedBlock, SharedCall, project_embedded
+from zamba2_jax.model.shared import SharedBlock, SharedCall
 from zamba2_jax.model.tap import Tap, no_tap, scoped
 from zamba2_jax.ops.linear import linear
 from zamba2_jax.ops.norm import rms_norm
@@ -140,15 +140,15 @@ class Zamba2(nnx.Module):
         """All layers and the final norm; `mix` runs a Mamba2 layer, on whole rows or on one token of each."""
         rows = row_axes(len(embedded), cached=cache is not None)
         h, states, kv_caches = constrain(embedded, *rows, None), [], []
-        projected = project_embedded(self.config, self.shared, embedded)
+        projected = [block.project_embedded(embedded) for block in self.shared]
         for row, layer in zip(self.config.layer_plan, self.layers, strict=True):
             at = scoped(tap, f"layers.{row.layer}")
             h, given = at("input", h), None
             if row.hybrid is not None:
                 block, call = self.shared[row.hybrid.block], self.calls[row.hybrid.call]
                 kv = None if cache is None else cache.attention[row.hybrid.call]
-                once = projected[row.hybrid.block]
-                given, kv = block(h, embedded, call, positions, segment_ids, kv, once, tap=scoped(at, "shared"))
+                once, of_call = projected[row.hybrid.block], scoped(at, "shared")
+                given, kv = block(h, embedded, once, call, positions, segment_ids, kv, tap=of_call)
                 if kv is not None:
                     kv_caches.append(kv)
             state = None if cache is None else cache.mamba[row.layer]

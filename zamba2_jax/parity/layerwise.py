@@ -178,7 +178,8 @@ def _forward(parts: Parts, h: Array, embedded: Array, segment_ids: Array | None,
     if block is not None and call is not None:
         t = h.shape[1]
         positions = jnp.arange(t)[None] if segment_ids is None else document_positions(segment_ids)
-        given = block(h, embedded, call, jnp.broadcast_to(positions, h.shape[:2]), segment_ids)[0]
+        positions, projected = jnp.broadcast_to(positions, h.shape[:2]), block.project_embedded(embedded)
+        given = block(h, embedded, projected, call, positions, segment_ids)[0]
     return layer(h, given, None, segment_ids, implementation=precision.implementation)
 
 

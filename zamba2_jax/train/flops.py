@@ -33,12 +33,12 @@ class ForwardFlops(NamedTuple):
     Attributes:
         weights: products with weights, in the layers and in every call of a shared block.
         mixing: between tokens: the convolution, the scan, scores and values of attention.
-        head: the output head.
+        ends: outside the layers: what shared blocks project of the embeddings, and the output head.
     """
 
     weights: int
     mixing: int
-    head: int
+    ends: int
 
 
 def forward_flops(config: Zamba2Config, length: int) -> ForwardFlops:
@@ -48,11 +48,12 @@ def forward_flops(config: Zamba2Config, length: int) -> ForwardFlops:
 
         Mamba2 layer      2 d (2e + 2gn + h) + 2 k (e + 2gn) + 2 e d     projections in, convolution, projection out
                         + 2 (g n + e) s + 4 e n                          scan: within a chunk of s tokens, and states
-        call of a block   2 (2d) (2d + 2 kv) + 2 (2d) d                  q, k, v and o; kv is the width of k and of v
+        call of a block   2 d (2d + 2 kv) + 2 (2d) d                     q, k, v and o; kv is the width of k and of v
                         + 4 (2d) t                                       scores and values against all t tokens
                         + 2 (3 d f + d d)                                MLP, and the map after it
                         + 2 (d a + 2 a f)                                adapter of the MLP
                         + 2 (3 (2d) a + a (2d + 2 kv))                   adapters of q, k and v, where there are any
+        shared block      2 d (2d + 2 kv)                                q, k and v of the embeddings, for all its calls
         head              2 d v
 
     Attention is counted as dense, the half that a causal mask hides included (arXiv:2204.02311, appendix B).
@@ -62,12 +63,13 @@ def forward_flops(config: Zamba2Config, length: int) -> ForwardFlops:
     kv, s = config.kv_size, min(SSD_CHUNK, length)
     adapters = 2 * (6 * d * a + a * (2 * d + 2 * kv)) if config.attention_adapters else 0
     mamba = 2 * d * (2 * e + bc + h) + 2 * e * d
-    call = 4 * d * (2 * d + 2 * kv) + 4 * d * d + 2 * (3 * d * f + d * d) + 2 * (d * a + 2 * a * f) + adapters
+    qkv = 2 * d * (2 * d + 2 * kv)
+    call = qkv + 4 * d * d + 2 * (3 * d * f + d * d) + 2 * (d * a + 2 * a * f) + adapters
     scan = 2 * k * (e + bc) + 2 * (g * n + e) * s + 4 * e * n
     return ForwardFlops(
         weights=config.num_layers * mamba + config.num_calls * call,
         mixing=config.num_layers * scan + config.num_calls * 8 * d * length,
-        head=2 * d * v,
+        ends=config.num_shared_blocks * qkv + 2 * d * v,
     )
 
 
