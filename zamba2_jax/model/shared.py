@@ -175,7 +175,8 @@ class SharedBlock(nnx.Module):
         normed = rms_norm(both, self.norm[...], eps)
         x = tap("input", normed)
         if x is normed:
-            projected = [inverse_rms(both, eps) * added for added in projected]
+            inverse = inverse_rms(both, eps)
+            projected = [inverse * added for added in projected]
         else:  # a tap has put something else in its place
             projected = self.attention.project_embedded(x[..., self.config.hidden_size :])
         attend = scoped(tap, "attention")

@@ -83,7 +83,7 @@ def hidden_states(
         implementation: of the scan of Mamba2; see `ops.ssd`.
     """
     embedded = embed(tokens, model.embed[...], cached=False).astype(dtype or model.dtype)
-    h = constrain(embedded, "batch", "time", None)
+    h = embedded = constrain(embedded, "batch", "time", None)
     layers = cast_matrices(list(model.layers), dtype)
     documents = Documents(default_positions(embedded, segment_ids), segment_ids)
 
@@ -103,34 +103,21 @@ def hidden_states(
         return [y.astype(embedded.dtype) for y in shared.project_embedded(embedded)]
 
     project = _checkpointed(project, remat, in_scan=False)
-    blocks = [(shared, project(shared, h)) for shared in model.shared]
-    run = _scanned if scan else _unrolled
-    h = run(model, layers, blocks, h, documents, call_shared, mix, remat)
+    blocks = [(shared, project(shared, embedded)) for shared in model.shared]
+    if scan:
+        h = _by_scan(model, layers, blocks, embedded, documents, call_shared, mix, remat)
+    else:
+        call_kept, mix_kept = (_checkpointed(function, remat, in_scan=False) for function in (call_shared, mix))
+        for row, layer in zip(model.config.layer_plan, layers, strict=True):
+            given = None
+            if row.hybrid is not None:
+                block, call = blocks[row.hybrid.block], model.calls[row.hybrid.call]
+                given = call_kept(documents, block, call, h, embedded)
+            h = mix_kept(documents, layer, h, given)
     return rms_norm(h, model.norm[...], model.config.rms_norm_eps)
 
 
-def _unrolled(
-    model: Zamba2,
-    layers: Sequence[MambaLayer],
-    blocks: Sequence[Block],
-    embedded: Array,
-    documents: Documents,
-    call_shared: CallShared,
-    mix: Mix,
-    remat: Remat,
-) -> Array:
-    """All layers, one by one."""
-    call_shared, mix = (_checkpointed(function, remat, in_scan=False) for function in (call_shared, mix))
-    h = embedded
-    for row, layer in zip(model.config.layer_plan, layers, strict=True):
-        given = None
-        if row.hybrid is not None:
-            given = call_shared(documents, blocks[row.hybrid.block], model.calls[row.hybrid.call], h, embedded)
-        h = mix(documents, layer, h, given)
-    return h
-
-
-def _scanned(
+def _by_scan(
     model: Zamba2,
     layers: Sequence[MambaLayer],
     blocks: Sequence[Block],
