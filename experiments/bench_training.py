@@ -4,11 +4,12 @@
 
 Needs the `parity` extra. One model of 12 M parameters with every part of Zamba2, from the same weights, on the same
 batches of the embedded prose, float32: forward, backward, clipping by global norm, AdamW with the same decay mask. Each
-side is a process of its own, with large pages unless `GLIBC_TUNABLES` says otherwise; they take steps in turns. Ours
-runs twice: a batch at once, and in four microbatches, which gives the same step in less memory. transformers runs at
-the chunk size its scan is fastest with, its clamp of dt set to next to nothing, torch with its fused AdamW. The losses
-of the first 50 steps are compared, the last 20 are timed. Prints a table and writes bench_training.json beside this
-file.
+side is a process of its own, with large pages unless `GLIBC_TUNABLES` says otherwise; they take turns of five steps,
+as the steps of a run follow each other. The first of a turn is not timed: while others work, a virtual machine gives
+back the memory that a process has freed. Ours runs twice: a batch at once, and in four microbatches, which gives the
+same step in less memory. transformers runs at the chunk size its scan is fastest with, its clamp of dt set to next to
+nothing, torch with its fused AdamW. The losses of the first 50 steps are compared, the last 25 are timed. Prints a
+table and writes bench_training.json beside this file.
 """
 
 import argparse
@@ -59,7 +60,7 @@ RATE = 3e-4
 OPTIMIZER = AdamW()
 OURS = {"ours": StepConfig(), "ours, in 4 parts": StepConfig(microbatches=4)}
 TORCH_CHUNKS = {f"transformers, chunk {size}": size for size in (16, 32, 64, 128)}
-TRIED, COMPARED, TIMED = 4, 50, 20
+TURN, COMPARED, TIMED = 5, 50, 25
 
 Step = Callable[[np.ndarray], float]
 
@@ -140,26 +141,26 @@ def compare(directory: Path) -> dict[str, list[Answer]]:
     answers: dict[str, list[Answer]] = {contender.name: [] for contender in (*mine, *others)}
 
     def take_steps(contenders: list[Contender], rows: np.ndarray) -> None:
-        for tokens in rows:
+        for turn in range(0, len(rows), TURN):
             for contender in contenders:
-                answers[contender.name].append(contender(tokens))
+                answers[contender.name] += [contender(tokens) for tokens in rows[turn : turn + TURN]]
 
-    take_steps([*mine, *others], data[:TRIED])
-    fastest = min(others, key=lambda contender: seconds(answers[contender.name][1:]))
+    take_steps([*mine, *others], data[:TURN])
+    fastest = min(others, key=lambda contender: seconds(answers[contender.name]))
     for contender in others:
-        print(f"{contender.name}: {seconds(answers[contender.name][1:]):.3f} s", flush=True)
+        print(f"{contender.name}: {seconds(answers[contender.name]):.3f} s", flush=True)
         if contender is not fastest:
             contender.close()
     left = [*mine, fastest]
-    take_steps(left, data[TRIED:])
+    take_steps(left, data[TURN:])
     for contender in left:
         contender.close()
     return {contender.name: answers[contender.name] for contender in left}
 
 
 def seconds(answers: list[Answer]) -> float:
-    """Their median."""
-    return float(np.median([answer.seconds for answer in answers]))
+    """The median, of all but the first of each turn."""
+    return float(np.median([answer.seconds for i, answer in enumerate(answers) if i % TURN]))
 
 
 def main() -> None:

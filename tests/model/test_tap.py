@@ -10,7 +10,8 @@ from zamba2_jax import capture, prefill, tap_names
 
 LAYER = "input output mamba.input mamba.z mamba.x mamba.B mamba.C mamba.dt mamba.y mamba.output".split()
 STATES = "mamba.conv_x_state mamba.conv_bc_state mamba.ssm_state".split()
-SHARED = "input attention.q attention.k attention.v attention.output mlp.inner mlp.output output".split()
+ATTENTION = "attention.q attention.k attention.v attention.output".split()
+SHARED = ["input", *ATTENTION, *"mlp.gate mlp.up mlp.inner mlp.output output".split()]
 
 
 @pytest.fixture(scope="module")

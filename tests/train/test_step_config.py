@@ -1,7 +1,8 @@
 """However a step is computed, loss and gradient are those of the plain pass."""
 
 import dataclasses
-from functools import cache
+from collections import Counter
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from jax.extend.core import jaxprs_in_params
 
 from tests.helpers import SMALL, TINY, assert_close, random_model, random_tokens
 from zamba2_jax import next_token_loss
+from zamba2_jax.model.stack import hidden_states
 from zamba2_jax.sharding import make_mesh, shard_model
 from zamba2_jax.train.data import Batch
 from zamba2_jax.train.optimizer import AdamW
@@ -81,6 +83,21 @@ def test_what_is_kept_is_not_computed_again():
     assert kept == products_with_weights(remat="none", scan_layers=False)
     repeated = CONFIG.num_layers * per_layer + CONFIG.num_calls * per_call + CONFIG.num_shared_blocks * per_block
     assert again == kept + repeated
+
+
+def test_of_sums_of_products_no_terms_are_kept():
+    def kept(model):
+        run = partial(hidden_states, tokens=packed().tokens, remat="matmuls", dtype=jnp.bfloat16)
+        return jax.vjp(run, model)[1]
+
+    leaves = jax.tree.leaves(jax.eval_shape(kept, random_model(CONFIG)))
+    counts = Counter((leaf.shape[2:], leaf.dtype.name) for leaf in leaves if leaf.shape[:2] == (ROWS, LENGTH))
+    heads, ffn = (CONFIG.attention_heads, CONFIG.attention_head_dim), (CONFIG.ffn_size,)
+    assert counts[heads, "bfloat16"] == 3 * CONFIG.num_calls  # q, k, v
+    assert counts[ffn, "bfloat16"] == 2 * CONFIG.num_calls  # gate, up
+    # On CPU products are float32 before they are rounded: z and x, and (B, C), which is as wide as the MLP here.
+    assert counts[(CONFIG.inner_size,), "float32"] == 2 * CONFIG.num_layers
+    assert counts[ffn, "float32"] == CONFIG.num_layers
 
 
 def test_deep_models_are_scanned_but_for_gpus(monkeypatch):

@@ -133,6 +133,7 @@ class SharedMLP(nnx.Module):
         low = linear(x, call.mlp_a[...])
         gate = linear(x, self.gate[...], value(self.gate_bias)) + linear(low, call.gate_b[...])
         up = linear(x, self.up[...], value(self.up_bias)) + linear(low, call.up_b[...])
+        gate, up = tap("gate", gate), tap("up", up)
         inner = tap("inner", jax.nn.gelu(gate, approximate=False) * up)
         return tap("output", linear(inner, self.down[...], value(self.down_bias)))
 

@@ -9,11 +9,13 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from zamba2_jax.config import HybridPlan, Zamba2Config
 from zamba2_jax.model.divided import embed
 from zamba2_jax.model.mamba import MambaLayer
 from zamba2_jax.model.shared import Projected, SharedBlock, SharedCall
+from zamba2_jax.model.tap import no_tap
 from zamba2_jax.model.zamba2 import Zamba2, default_positions
 from zamba2_jax.ops.norm import rms_norm
 from zamba2_jax.ops.ssd import Implementation
@@ -23,6 +25,9 @@ from zamba2_jax.typing import Array, DTypeLike, Float, Int, cast_matrices
 Remat = Literal["none", "layer", "matmuls"]
 """What the forward pass keeps for the backward one: all; the input of each layer; the results of its matrix products
 too, all else being recomputed."""
+
+SUMS = ("attention.q", "attention.k", "attention.v", "mlp.gate", "mlp.up")
+"""Taps of a shared block at sums of matrix products: "matmuls" keeps these, and so not their terms."""
 
 Tree = TypeVar("Tree")
 
@@ -90,7 +95,7 @@ def hidden_states(
     def call_shared(documents: Documents, block: Block, call: SharedCall, h: Array, embedded: Array) -> Array:
         shared = gather_parameters(cast_matrices(block[0], dtype))
         call = gather_parameters(cast_matrices(call, dtype))
-        return shared(h, embedded, block[1], call, *documents)[0]
+        return shared(h, embedded, block[1], call, *documents, tap=_name_sums if remat == "matmuls" else no_tap)[0]
 
     def mix(documents: Documents, layer: MambaLayer, h: Array, given: Array | None) -> Array:
         layer = gather_parameters(layer)
@@ -199,8 +204,15 @@ def _checkpointed(function: Callable[..., Tree], remat: Remat, *, in_scan: bool)
     """The function, keeping no more than `remat` says; the compiler cannot undo it inside a scan."""
     if remat == "none":
         return function
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "matmuls" else None
+    policies = jax.checkpoint_policies
+    products, sums = policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(*SUMS)
+    policy = policies.save_from_both_policies(products, sums) if remat == "matmuls" else None
     return jax.checkpoint(function, policy=policy, prevent_cse=not in_scan)
+
+
+def _name_sums(name: str, value: Array) -> Array:
+    """The tap that shows `_checkpointed` the `SUMS`."""
+    return checkpoint_name(value, name) if name in SUMS else value
 
 
 def _stack(trees: Sequence[Tree]) -> Tree:
