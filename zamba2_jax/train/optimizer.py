@@ -1,12 +1,12 @@
 """AdamW with the decay mask of a Mamba model."""
 
 import dataclasses
-from typing import TypeVar
+from typing import Any
 
 import jax
 import optax
 
-Tree = TypeVar("Tree")
+from zamba2_jax.train.stacks import Stacks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +50,9 @@ class AdamW:
         )
 
 
-def decay_mask(parameters: Tree) -> Tree:
+def decay_mask(parameters: Any) -> Any:
     """True where weight decay applies: on matrices, not on vectors (norm scales, biases, A_log, D, dt_bias)."""
+    if isinstance(parameters, Stacks):
+        vectors, matrices = dict.fromkeys(parameters.vectors, False), dict.fromkeys(parameters.matrices, True)
+        return Stacks(vectors, matrices, decay_mask(parameters.large))
     return jax.tree.map(lambda parameter: parameter.ndim > 1, parameters)

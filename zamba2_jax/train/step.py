@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from zamba2_jax.ops.placement import computed_once, platform
 from zamba2_jax.ops.ssd import Implementation
 from zamba2_jax.sharding import abstract_on_mesh, batch_sharding, constrain, constrain_parameters
 from zamba2_jax.train.data import Batch
+from zamba2_jax.train.stacks import Stacking
 from zamba2_jax.typing import Array, Float, Int
 
 SCANNED_FROM = 12
@@ -165,18 +166,24 @@ def train_step(
     """
     loss, gradient = loss_and_gradient(state.model, batch, config)
     grad_norm, rate = optax.tree.norm(gradient), jnp.asarray(schedule(state.step))
-    update, opt_state = optimizer.update(gradient, state.opt_state, state.model)
-    model = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), state.model, update)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
-    def if_finite(new: Array, old: Array) -> Array:
-        return jnp.where(finite, new, old)
+    def advance(gradient: Any, before: tuple[Any, optax.OptState]) -> tuple[Any, optax.OptState]:
+        update, opt_state = optimizer.update(gradient, before[1], before[0])
+        model = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), before[0], update)
+        return jax.tree.map(lambda new, old: jnp.where(finite, new, old), (model, opt_state), before)
 
+    before = state.model, state.opt_state
+    if platform() == "tpu":
+        stacking = Stacking(state.model)
+        model, opt_state = stacking.split(advance(*stacking.stack((gradient, before))))
+    else:
+        model, opt_state = advance(gradient, before)
     state = TrainState(
         step=state.step + 1,
         skipped=state.skipped + jnp.where(finite, 0, 1),
-        model=constrain_parameters(jax.tree.map(if_finite, model, state.model)),
-        opt_state=constrain_parameters(jax.tree.map(if_finite, opt_state, state.opt_state)),
+        model=constrain_parameters(model),
+        opt_state=constrain_parameters(opt_state),
     )
     tokens = (batch.segment_ids != 0).sum(dtype=jnp.int32)
     return state, StepMetrics(loss=loss, grad_norm=grad_norm, learning_rate=rate, tokens=tokens, skipped=state.skipped)
