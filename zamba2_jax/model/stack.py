@@ -23,8 +23,8 @@ from zamba2_jax.sharding import constrain, gather_parameters
 from zamba2_jax.typing import Array, DTypeLike, Float, Int, cast_matrices
 
 Remat = Literal["none", "layer", "matmuls"]
-"""What the forward pass keeps for the backward one: all; the input of each layer; the results of its matrix products
-too, all else being recomputed."""
+"""What the forward pass keeps for the backward one: all; the input of each layer; the results of its matrix products,
+or sums of these, too, all else being recomputed."""
 
 SUMS = ("attention.q", "attention.k", "attention.v", "mlp.gate", "mlp.up")
 """Taps of a shared block at sums of matrix products: "matmuls" keeps these, and so not their terms."""

@@ -39,7 +39,7 @@ class StepConfig:
         microbatches: parts of a batch that are run one after the other, their gradients summed in the parameters'
             dtype. Memory of activations falls with their number. Rows of part i are i, i + microbatches, and so on.
         remat: what the forward pass keeps for the backward one: "none" keeps all, "layer" the input of each layer,
-            "matmuls" the results of its matrix products too; the rest is recomputed.
+            "matmuls" the results of its matrix products, or their sums, too; the rest is recomputed.
         scan_layers: runs repeated layers by a scan over their stacked parameters, which compile once. By default
             where there are at least `SCANNED_FROM` layers, but for a GPU.
         compute_dtype: of matrices and activations, with parameters, gradients and the optimizer in the dtype of the
@@ -157,7 +157,8 @@ def train_step(
     Args:
         state: where the run stands.
         batch: rows of packed documents.
-        optimizer: for a learning rate of 1; see `AdamW.transformation`.
+        optimizer: for a learning rate of 1; see `AdamW.transformation`. What it does is elementwise but for sums over
+            all parameters: on a TPU it is given `Stacks`.
         schedule: the learning rate of a step, counted from 0.
         config: how it is computed.
 
