@@ -23,6 +23,7 @@ from zamba2_jax.model.tap import Tap, no_tap, scoped
 from zamba2_jax.ops.conv import causal_conv1d_step
 from zamba2_jax.ops.linear import linear
 from zamba2_jax.ops.norm import gated_rms_norm, rms_norm
+from zamba2_jax.ops.placement import kernels
 from zamba2_jax.ops.ssd import Implementation, ssd_step
 from zamba2_jax.typing import Array, DTypeLike, Float, Int, at_least_fp32
 
@@ -88,11 +89,30 @@ class Mamba2(nnx.Module):
         self, u: Float[Array, "b d"], state: MambaState, *, tap: Tap = no_tap
     ) -> tuple[Float[Array, "b d"], MambaState]:
         """The block for one token of every row."""
+        if tap is no_tap and (stepped := self._step_by_kernels(u, state)):
+            return stepped
         z, x, bc, dt = self._project(u, tap)
         x, conv_x = causal_conv1d_step(x, self.conv_x[...], self.conv_x_bias[...], state.conv_x)
         bc, conv_bc = causal_conv1d_step(bc, self.conv_bc[...], self.conv_bc_bias[...], state.conv_bc)
         y, ssm = ssd_step(*self._scan_inputs(x, dt, bc, tap), state=state.ssm)
         return self._gate_and_project(y, z, tap), _state(conv_x, conv_bc, ssm, tap)
+
+    def _step_by_kernels(self, u: Array, state: MambaState) -> tuple[Array, MambaState] | None:
+        """`step` where there are kernels for it, else None."""
+        if kernels() != "gpu" or self.config.add_bias_linear:
+            return None
+        # Here for the reason that `ops.ssd` gives.
+        from zamba2_jax.ops.mamba_step_pallas_gpu import StepWeights, mamba_step_pallas_gpu, step_fits
+
+        if not step_fits(u, state.ssm):
+            return None
+        weights = StepWeights(*(getattr(self, name)[...] for name in StepWeights._fields))
+        y, conv_x, conv_bc, ssm = mamba_step_pallas_gpu(
+            u, weights, state.conv_x, state.conv_bc, state.ssm, self.config.time_step_limit
+        )
+        groups = len(u), self.config.ngroups, -1
+        y = rms_norm(y.reshape(groups), self.norm[...].reshape(groups[1:]), GATED_NORM_EPS).reshape(y.shape)
+        return linear(y, self.out[...]), MambaState(conv_x=conv_x, conv_bc=conv_bc, ssm=ssm)
 
     def _project(self, u: Array, tap: Tap) -> tuple[Array, Array, Array, Array]:
         """z, x, (B, C) and dt; dt after its bias, softplus and clamp, in at least float32."""

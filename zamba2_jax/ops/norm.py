@@ -13,7 +13,7 @@ from zamba2_jax.ops.sums import sum_over
 from zamba2_jax.typing import Array, Float, at_least_fp32
 
 
-def rms_norm(x: Float[Array, "*batch d"], scale: Float[Array, " d"], eps: float) -> Float[Array, "*batch d"]:
+def rms_norm(x: Float[Array, "*batch d"], scale: Float[Array, "*#batch d"], eps: float) -> Float[Array, "*batch d"]:
     """x / sqrt(mean(x^2) + eps) * scale over the last axis."""
     return (_normalize(x.astype(at_least_fp32(x.dtype)), eps) * scale).astype(x.dtype)
 

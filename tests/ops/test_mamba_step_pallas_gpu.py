@@ -1,0 +1,77 @@
+"""The GPU kernels of a step, interpreted, against the block in float64; where they are used; their lowering."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.helpers import SMALL, abstract_model, as_dtype, assert_close, for_a_gpu, normal, random_model
+from zamba2_jax import Zamba2Config
+from zamba2_jax.config import GATED_NORM_EPS
+from zamba2_jax.generate.decode import decode_step
+from zamba2_jax.model.cache import MambaState, init_cache
+from zamba2_jax.ops import linear, rms_norm
+from zamba2_jax.ops.mamba_step_pallas_gpu import StepWeights, mamba_step_pallas_gpu, step_fits
+
+# Heads of 32 and 64 channels, of which a program takes 16; 8 heads fill half a program.
+GROUPED = dataclasses.replace(SMALL, hidden_size=128, mamba_heads=8, d_state=16, ngroups=2)
+WIDE = dataclasses.replace(SMALL, hidden_size=256, mamba_heads=8, d_state=32, ngroups=1, time_step_limit=(0.02, 0.2))
+
+
+def step_by_kernels(block, u, state):
+    weights = StepWeights(*(getattr(block, name)[...] for name in StepWeights._fields))
+    states, limits = (state.conv_x, state.conv_bc, state.ssm), block.config.time_step_limit
+    y, *states = mamba_step_pallas_gpu(u, weights, *states, limits, interpret=True)
+    groups = len(u), block.config.ngroups, -1
+    y = rms_norm(y.reshape(groups), block.norm[...].reshape(groups[1:]), GATED_NORM_EPS).reshape(y.shape)
+    return linear(y, block.out[...]), MambaState(*states)
+
+
+@pytest.mark.parametrize(("config", "rows"), [(GROUPED, 3), (WIDE, 1), (WIDE, 16)])
+def test_is_no_less_exact_than_the_plain_step(x64, config, rows):
+    block = random_model(config, jnp.bfloat16).layers[1].mamba
+    empty = init_cache(config, rows, 4, jnp.bfloat16).mamba[1]
+    u = normal(rows, config.hidden_size, dtype=jnp.bfloat16)
+    state = jax.tree.map(lambda array: normal(*array.shape, dtype=array.dtype), empty)
+    got, plain = step_by_kernels(block, u, state), block.step(u, state)
+    exact = as_dtype(block, jnp.float64).step(as_dtype(u, jnp.float64), as_dtype(state, jnp.float64))
+    assert [a.dtype for a in jax.tree.leaves(got)] == [a.dtype for a in jax.tree.leaves(plain)]
+    assert_close(got, exact, 2**-6)
+    for ours, xla, expected in zip(*map(jax.tree.leaves, (got, plain, exact)), strict=True):
+        error, bound = (np.linalg.norm(np.asarray(a, np.float64) - np.asarray(expected)) for a in (ours, xla))
+        assert error <= 1.05 * bound  # a few values that round the other way
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype", "kernels"), [(16, jnp.bfloat16, 2), (17, jnp.bfloat16, 0), (3, jnp.float32, 0)]
+)
+@pytest.mark.parametrize("preset", ["zamba2-1.2b", "zamba2-2.7b", "zamba2-7b"])
+def test_a_few_rows_of_released_models_step_by_kernels(monkeypatch, preset, rows, dtype, kernels):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    config = dataclasses.replace(Zamba2Config.preset(preset), num_layers=2, hybrid_layer_ids=(0,), num_shared_blocks=1)
+    model, token = abstract_model(config, dtype), jax.ShapeDtypeStruct((rows,), jnp.int32)
+    cache = jax.eval_shape(lambda: init_cache(config, rows, 64, dtype))
+    with for_a_gpu():
+        text = decode_step.trace(model, token, cache).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("__gpu$xla.gpu.triton") == kernels * config.num_layers
+
+
+WRONG = {
+    "rows": {"u": jnp.zeros((17, 128), jnp.bfloat16)},
+    "width": {"u": jnp.zeros((2, 120), jnp.bfloat16)},
+    "dtype": {"u": jnp.zeros((2, 128))},
+    "head": {"ssm": jnp.zeros((2, 8, 24, 16))},
+}
+
+
+@pytest.mark.parametrize("arrays", WRONG.values(), ids=WRONG)
+def test_what_the_kernels_do_not_take_is_named(unchecked, arrays):
+    given = {"u": jnp.zeros((2, 128), jnp.bfloat16), "ssm": jnp.zeros((2, 8, 32, 16))}
+    assert step_fits(**given)
+    u, ssm = (given | arrays).values()
+    assert not step_fits(u, ssm)
+    with pytest.raises(ValueError, match=re.escape(f"u is {u.dtype} {u.shape} and the state {ssm.shape}")):
+        mamba_step_pallas_gpu(u, None, None, None, ssm, (0.0, 1.0))
