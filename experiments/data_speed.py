@@ -27,6 +27,7 @@ from zamba2_jax.train.optimizer import AdamW
 from zamba2_jax.train.sources import SourceConfig, open_documents, size_of
 from zamba2_jax.train.step import compile_train_step, init_state
 from zamba2_jax.train.tokenize import tokenize
+from zamba2_jax.train.tokenizer import save_tokenizer
 
 RESULTS = Path(__file__).with_suffix(".json")
 SHAPES = {"4 x 128": (4, 128), "64 x 4096": (64, 4096)}
@@ -77,12 +78,11 @@ def main() -> None:
         directory = Path(name)
         write_corpus(directory)
         texts = SourceConfig(kind="jsonl", path=str(directory))
+        save_tokenizer(corpus.tokenizer, directory)
         for processes in (1, 2):
             output = directory / f"tokens-{processes}"
             begin = time.perf_counter()
-            tokenize(
-                [texts], output, corpus.tokenizer, processes=processes, shard_tokens=2**23, progress=lambda size: None
-            )
+            tokenize([texts], output, directory, processes=processes, shard_tokens=2**23, progress=lambda size: None)
             rate = size_of(texts) / (time.perf_counter() - begin)
             results[f"tokenize, {processes} processes, MB/s"] = rate / 1e6
         files = open_documents(SourceConfig(kind="tokens", path=str(output)), corpus.tokenizer, vocab_size=vocab_size)

@@ -19,12 +19,14 @@ from zamba2_jax.checkpoint.hf import load_hf
 from zamba2_jax.checkpoint.history import Checkpoints
 from zamba2_jax.cli.main import main
 from zamba2_jax.train import run as run_module
+from zamba2_jax.train.config import RunConfig, from_table
 from zamba2_jax.train.directory import NAMES, claim
 from zamba2_jax.train.hosts import run_mesh
 from zamba2_jax.train.loop import DivergedError
 from zamba2_jax.train.metrics import read_records
 from zamba2_jax.train.run import run
 from zamba2_jax.train.step import abstract_state
+from zamba2_jax.train.tokenizer import train_tokenizer
 
 QUIET = Console(quiet=True)
 
@@ -180,6 +182,26 @@ def test_an_export_is_the_model_and_a_run_can_begin_with_it(home, whole, tmp_pat
     assert (start["kind"], start["step"]) == ("eval", 0)
     (end,) = [record["loss"] for record in records_of(whole) if (record["kind"], record["step"]) == ("eval", 13)]
     assert start["loss"] == end
+
+
+def test_a_run_on_token_files_has_their_tokenizer(home, tmp_path, capsys):
+    table(tmp_path)
+    for name in "ab":
+        words = f"--input {tmp_path / name}.jsonl --output {tmp_path / name} --tokenizer {tmp_path / 'tokenizer'}"
+        assert main(["tokenize", *words.split(), "--processes", "1"]) == 0
+    sources = {name: {"kind": "tokens", "path": str(tmp_path / name)} for name in "ab"}
+    phases = [{"name": "only", "steps": 1, "shares": {"a": 0.5, "b": 0.5}}]
+    values = table(tmp_path, sources=sources, phases=phases)
+    del values["tokenizer"]  # nor does the held-out text take one
+    assert run(from_table(RunConfig, values), QUIET)
+    assert main(["export", "--run", values["directory"], "--output", str(tmp_path / "hf")]) == 0
+    for file in (tmp_path / "tokenizer").iterdir():
+        assert (tmp_path / "hf" / file.name).read_bytes() == file.read_bytes()
+
+    other = train_tokenizer(["other words, other merges " * 9], 270)
+    other.save(str(tmp_path / "a" / "tokenizer.json"))
+    with pytest.raises(ValueError, match="a: made by another tokenizer, of 320 tokens; expected the one given, of 270"):
+        run(from_table(RunConfig, values | {"directory": str(tmp_path / "second")}), QUIET)
 
 
 def test_a_run_that_diverges_ends_and_names_its_last_checkpoint(home, tmp_path):

@@ -38,6 +38,8 @@ def test_the_command_writes_what_opening_the_texts_gives(tokenizer, tmp_path, ca
         np.testing.assert_array_equal(document, other)
         assert (document == EOS).sum() == 1  # and "<eos>" in a text is text
         assert tokenizer.decode(document[1:-1].tolist()) == text
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "out" / file).read_bytes() == (tmp_path / file).read_bytes()
     shards = sorted((tmp_path / "out").glob("*.array_record"))
     assert len(shards) > 3
     assert f"50 documents, {read.tokens:,} tokens in {len(shards)} shards" in capsys.readouterr().out
@@ -48,25 +50,26 @@ def test_the_command_writes_what_opening_the_texts_gives(tokenizer, tmp_path, ca
 def test_an_error_leaves_nothing(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "CHUNK", 1)
     write_jsonl(tmp_path / "a.jsonl", ["x"] * 9 + [3])
-    done = []
+    save_tokenizer(tokenizer, tmp_path)
+    before, done = set(tmp_path.iterdir()), []
     with pytest.raises(ValueError, match=r"a\.jsonl, line 10"):
         tokenize(
             [SourceConfig(kind="jsonl", path=str(tmp_path), field="body")],
             tmp_path / "out",
-            tokenizer,
+            tmp_path,
             processes=1,
             shard_tokens=5,
             progress=done.append,
         )
     assert done
-    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
+    assert set(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize("name", ["processes", "shard_tokens"])
-def test_bad_numbers(tokenizer, tmp_path, name):
+def test_bad_numbers(tmp_path, name):
     numbers = {"processes": 1, "shard_tokens": 1, name: 0}
     with pytest.raises(ValueError, match=f"{name}=0"):
-        tokenize([], tmp_path / "out", tokenizer, progress=print, **numbers)
+        tokenize([], tmp_path / "out", tmp_path, progress=print, **numbers)
 
 
 def test_no_tokenizer(tmp_path, capsys):

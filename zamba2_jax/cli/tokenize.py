@@ -12,7 +12,6 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 from zamba2_jax.cli.several import Several, values
 from zamba2_jax.train.sources import size_of, sources_at
 from zamba2_jax.train.tokenize import tokenize
-from zamba2_jax.train.tokenizer import load_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +42,6 @@ class Tokenize:
             ValueError: an option is not valid, or a file is not what it should be.
             OSError: a file cannot be read or written.
         """
-        tokenizer = load_tokenizer(self.tokenizer)
         sources = [source for path in values(self.input) for source in sources_at(path, self.field)]
         if not sources:
             raise ValueError("--input is empty: expected a file or a directory")
@@ -54,7 +52,7 @@ class Tokenize:
             manifest = tokenize(
                 sources,
                 self.output,
-                tokenizer,
+                self.tokenizer,
                 processes=self.processes,
                 shard_tokens=self.shard_tokens,
                 progress=lambda size: bars.advance(bar, size),

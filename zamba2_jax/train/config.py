@@ -121,7 +121,7 @@ class RunConfig:
         directory: of the run.
         model: what to train.
         tokenizer: "embedded", one trained on the embedded corpus, or a tokenizer.json or a directory that holds one;
-            None where all sources are token files.
+            None where all sources are token files, whose own it then is.
         sources: documents to train on, by the names that the shares of phases use.
         phases: one after the other.
         learning_rate: the peak that fractions in the phases are of.

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import fcntl
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from zamba2_jax.config import Zamba2Config
 from zamba2_jax.train.config import EMBEDDED_TOKENIZER, RunConfig, differences, from_table
 from zamba2_jax.train.corpus import embedded_tokenizer
 from zamba2_jax.train.files import write_directory_atomically, write_json
-from zamba2_jax.train.tokenizer import load_tokenizer, save_tokenizer
+from zamba2_jax.train.tokenizer import copy_tokenizer, load_tokenizer, save_tokenizer
 
 CONFIG = "config.json"  # the RunConfig with all its defaults; written last, so that it says that a run is here
 ARCHITECTURE = "architecture.json"  # the Zamba2Config
@@ -27,9 +26,6 @@ PROFILE = "profile"
 
 NAMES = (CONFIG, ARCHITECTURE, TOKENIZER, CHECKPOINTS, METRICS, TENSORBOARD, PROFILE)
 """All that a run writes, beside files whose names begin with a dot."""
-
-# What may stand beside tokenizer.json and say how it is used.
-_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 
 
 @contextlib.contextmanager
@@ -87,18 +83,25 @@ def resolve_architecture(config: RunConfig, directory: Path) -> Zamba2Config:
 
 
 def open_tokenizer(config: RunConfig, directory: Path, vocab_size: int) -> Tokenizer | None:
-    """The tokenizer of the run that is in the directory, or else of a new one; None where it needs none.
+    """The tokenizer of the run that is in the directory, or else of a new one; None where it has none.
 
     Raises:
         ValueError, OSError: as `load_tokenizer`, `embedded_tokenizer`.
     """
-    if config.tokenizer is None:
-        return None
     if (directory / TOKENIZER).is_dir():
         return load_tokenizer(directory / TOKENIZER)
     if config.tokenizer == EMBEDDED_TOKENIZER:
         return embedded_tokenizer(vocab_size)
-    return load_tokenizer(Path(config.tokenizer))
+    source = _tokenizer_source(config)
+    return None if source is None else load_tokenizer(source)
+
+
+def _tokenizer_source(config: RunConfig) -> Path | None:
+    """The tokenizer that the config names, or that is beside token files."""
+    if config.tokenizer is not None:
+        return Path(config.tokenizer)
+    beside = (Path(str(source.path)) for source in config.sources.values() if source.kind == "tokens")
+    return next((path for path in beside if (path / "tokenizer.json").is_file()), None)
 
 
 def write_run(config: RunConfig, architecture: Zamba2Config, tokenizer: Tokenizer | None, directory: Path) -> None:
@@ -116,18 +119,8 @@ def write_run(config: RunConfig, architecture: Zamba2Config, tokenizer: Tokenize
 def _write_tokenizer(config: RunConfig, tokenizer: Tokenizer, directory: Path) -> None:
     if config.tokenizer == EMBEDDED_TOKENIZER:
         save_tokenizer(tokenizer, directory)
-        return
-    source = Path(str(config.tokenizer))
-    copy_tokenizer(source if source.is_dir() else source.parent, directory)
-    if source.is_file():
-        shutil.copyfile(source, directory / "tokenizer.json")
-
-
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copies the files of a tokenizer from one directory to another."""
-    for pattern in _TOKENIZER_FILES:
-        for file in filter(Path.is_file, source.glob(pattern)):
-            shutil.copyfile(file, target / file.name)
+    elif (source := _tokenizer_source(config)) is not None:
+        copy_tokenizer(source, directory)
 
 
 def _read_json(path: Path) -> Any:

@@ -86,7 +86,7 @@ def write_token_files(
     Args:
         directory: to write to.
         documents: the tokens of each, none empty.
-        tokenizer: that made them; a copy is written beside the tokens.
+        tokenizer: that made them.
         shard_tokens: a shard is closed by the document that reaches it.
     """
     vocab_size = tokenizer.get_vocab_size()
@@ -113,7 +113,6 @@ def write_token_files(
         tokens=end,
         shards=tuple(shards),
     )
-    tokenizer.save(str(directory / "tokenizer.json"))
     text = json.dumps({"format": FORMAT, **dataclasses.asdict(manifest)}, indent=1) + "\n"
     (directory / MANIFEST).write_text(text, encoding="utf-8")
     return manifest

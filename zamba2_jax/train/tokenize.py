@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from zamba2_jax.train.files import write_directory_atomically
 from zamba2_jax.train.sources import Progress, SourceConfig, Text, chunks, read_texts
 from zamba2_jax.train.token_files import Manifest, write_token_files
-from zamba2_jax.train.tokenizer import encode_documents, parse_tokenizer
+from zamba2_jax.train.tokenizer import copy_tokenizer, encode_documents, load_tokenizer, parse_tokenizer
 
 AHEAD = 4
 """Chunks of text in flight per process, which bounds memory."""
@@ -27,7 +27,7 @@ _tokenizer: Tokenizer | None = None
 def tokenize(
     sources: Sequence[SourceConfig],
     output: Path,
-    tokenizer: Tokenizer,
+    tokenizer: Path,
     *,
     processes: int,
     shard_tokens: int,
@@ -41,27 +41,30 @@ def tokenize(
     Args:
         sources: of texts.
         output: directory to write.
-        tokenizer: to tokenise with.
+        tokenizer: to tokenise with, a tokenizer.json or a directory that holds one; it is copied beside the tokens.
         processes: that tokenise; reading and writing take one more.
         shard_tokens: as in `write_token_files`.
         progress: is told of the bytes of text as they are written.
 
     Raises:
-        ValueError: a number is below 1, or as `read_texts`.
+        ValueError: a number is below 1, or as `read_texts` and `load_tokenizer`.
         OSError: `output` is in use, or a file cannot be read or written.
     """
     for name, value in (("processes", processes), ("shard_tokens", shard_tokens)):
         if value < 1:
             raise ValueError(f"{name}={value}: expected an integer >= 1")
+    loaded = load_tokenizer(tokenizer)
     texts = chunks(chain.from_iterable(map(read_texts, sources)))
 
     def write(directory: Path) -> Manifest:
-        executor = ProcessPoolExecutor(processes, get_context("spawn"), _start, (tokenizer.to_str(),))
+        executor = ProcessPoolExecutor(processes, get_context("spawn"), _start, (loaded.to_str(),))
         try:
             documents = _encoded(executor, texts, AHEAD * processes, progress)
-            return write_token_files(directory, documents, tokenizer, shard_tokens=shard_tokens)
+            manifest = write_token_files(directory, documents, loaded, shard_tokens=shard_tokens)
         finally:
             executor.shutdown(cancel_futures=True)
+        copy_tokenizer(tokenizer, directory)
+        return manifest
 
     return write_directory_atomically(output, write)
 

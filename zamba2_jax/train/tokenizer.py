@@ -1,6 +1,7 @@
 """A byte-level BPE tokenizer, trained in seconds."""
 
 import json
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from zamba2_jax.train.files import write_atomically
 PAD, BOS, EOS = 0, 1, 2
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>")
 """In the order of their ids, which are those of the published models."""
+
+# What may stand beside tokenizer.json and say how it is used.
+_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 
 MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
 """Room for the special tokens and all bytes."""
@@ -89,3 +93,12 @@ def save_tokenizer(tokenizer: Tokenizer, directory: Path) -> None:
     settings = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **names}, indent=2) + "\n"
     write_atomically(directory / "tokenizer.json", lambda path: tokenizer.save(str(path)))
     write_atomically(directory / "tokenizer_config.json", lambda path: path.write_text(settings, encoding="utf-8"))
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copies a tokenizer.json, or the directory it is in, into a directory, with what stands beside it."""
+    for pattern in _FILES:
+        for file in filter(Path.is_file, (source if source.is_dir() else source.parent).glob(pattern)):
+            shutil.copyfile(file, target / file.name)
+    if source.is_file():
+        shutil.copyfile(source, target / "tokenizer.json")
