@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,34 +11,29 @@ import pytest
 
 from tests.helpers import SMALL, abstract_model, as_dtype, assert_close, for_a_gpu, normal, random_model
 from zamba2_jax import Zamba2Config
-from zamba2_jax.config import GATED_NORM_EPS
 from zamba2_jax.generate.decode import decode_step
-from zamba2_jax.model.cache import MambaState, init_cache
-from zamba2_jax.ops import linear, rms_norm
-from zamba2_jax.ops.mamba_step_pallas_gpu import StepWeights, mamba_step_pallas_gpu, step_fits
+from zamba2_jax.model import mamba
+from zamba2_jax.model.cache import init_cache
+from zamba2_jax.ops import mamba_step_pallas_gpu as of_gpu
+from zamba2_jax.ops.mamba_step_pallas_gpu import mamba_step_pallas_gpu, step_fits
 
 # Heads of 32 and 64 channels, of which a program takes 16; 8 heads fill half a program.
 GROUPED = dataclasses.replace(SMALL, hidden_size=128, mamba_heads=8, d_state=16, ngroups=2)
 WIDE = dataclasses.replace(SMALL, hidden_size=256, mamba_heads=8, d_state=32, ngroups=1, time_step_limit=(0.02, 0.2))
 
 
-def step_by_kernels(block, u, state):
-    weights = StepWeights(*(getattr(block, name)[...] for name in StepWeights._fields))
-    states, limits = (state.conv_x, state.conv_bc, state.ssm), block.config.time_step_limit
-    y, *states = mamba_step_pallas_gpu(u, weights, *states, limits, interpret=True)
-    groups = len(u), block.config.ngroups, -1
-    y = rms_norm(y.reshape(groups), block.norm[...].reshape(groups[1:]), GATED_NORM_EPS).reshape(y.shape)
-    return linear(y, block.out[...]), MambaState(*states)
-
-
 @pytest.mark.parametrize(("config", "rows"), [(GROUPED, 3), (WIDE, 16)])
-def test_is_no_less_exact_than_the_plain_step(x64, config, rows):
+def test_is_no_less_exact_than_the_plain_step(x64, monkeypatch, config, rows):
     block = random_model(config, jnp.bfloat16).layers[1].mamba
     empty = init_cache(config, rows, 4, jnp.bfloat16).mamba[1]
     u = normal(rows, config.hidden_size, dtype=jnp.bfloat16)
     state = jax.tree.map(lambda array: normal(*array.shape, dtype=array.dtype), empty)
-    got, plain = step_by_kernels(block, u, state), block.step(u, state)
+    plain = block.step(u, state)
     exact = as_dtype(block, jnp.float64).step(as_dtype(u, jnp.float64), as_dtype(state, jnp.float64))
+    with monkeypatch.context() as on_gpu:
+        on_gpu.setattr(mamba, "kernels", lambda: "gpu")
+        on_gpu.setattr(of_gpu, "mamba_step_pallas_gpu", partial(mamba_step_pallas_gpu, interpret=True))
+        got = block.step(u, state)
     assert [a.dtype for a in jax.tree.leaves(got)] == [a.dtype for a in jax.tree.leaves(plain)]
     assert_close(got, exact, 2**-6)
     for ours, xla, expected in zip(*map(jax.tree.leaves, (got, plain, exact)), strict=True):

@@ -184,7 +184,7 @@ def test_an_export_is_the_model_and_a_run_can_begin_with_it(home, whole, tmp_pat
     assert start["loss"] == end
 
 
-def test_a_run_on_token_files_has_their_tokenizer(home, tmp_path, capsys):
+def test_a_run_on_token_files_has_their_tokenizer(tmp_path):
     table(tmp_path)
     for name in "ab":
         words = f"--input {tmp_path / name}.jsonl --output {tmp_path / name} --tokenizer {tmp_path / 'tokenizer'}"
