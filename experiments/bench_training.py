@@ -6,8 +6,8 @@ Needs the `parity` extra. One model of 12 M parameters with every part of Zamba2
 batches of the embedded prose, float32: forward, backward, clipping by global norm, AdamW with the same decay mask. Each
 side is a process of its own, with large pages unless `GLIBC_TUNABLES` says otherwise; they take turns of five steps,
 as the steps of a run follow each other. The first of a turn is not timed: while others work, a virtual machine gives
-back the memory that a process has freed. Ours runs twice: a batch at once, and in four microbatches, which gives the
-same step in less memory. transformers runs at the chunk size its scan is fastest with, its clamp of dt set to next to
+back the memory that a process has freed. Ours runs three times: a batch at once; in four microbatches, which gives the
+same step in less memory; and on two devices, which are one core each, with half of the rows. transformers runs at the chunk size its scan is fastest with, its clamp of dt set to next to
 nothing, torch with its fused AdamW. The losses of the first 50 steps are compared, the last 25 are timed. Prints a
 table and writes bench_training.json beside this file.
 """
@@ -31,10 +31,12 @@ from contender import Answer, Contender
 from flax import nnx
 
 from zamba2_jax import Zamba2, Zamba2Config, load_hf, save_hf
+from zamba2_jax.sharding import make_mesh, shard_model
 from zamba2_jax.train.corpus import tokenize_embedded_corpus
 from zamba2_jax.train.data import Batch
 from zamba2_jax.train.files import write_json
 from zamba2_jax.train.flops import forward_flops
+from zamba2_jax.train.hosts import place
 from zamba2_jax.train.optimizer import AdamW
 from zamba2_jax.train.step import StepConfig, compile_train_step, init_state
 
@@ -58,26 +60,34 @@ CONFIG = Zamba2Config(
 ROWS, LENGTH = 8, 256
 RATE = 3e-4
 OPTIMIZER = AdamW()
-OURS = {"ours": StepConfig(), "ours, in 4 parts": StepConfig(microbatches=4)}
+OURS = {
+    "ours": (StepConfig(), 1),
+    "ours, in 4 parts": (StepConfig(microbatches=4), 1),
+    "ours, in 2 parts on 2 devices": (StepConfig(microbatches=2), 2),
+}
+"""How a step is computed, and on how many devices, each with its rows of the batch."""
 TORCH_CHUNKS = {f"transformers, chunk {size}": size for size in (16, 32, 64, 128)}
 TURN, COMPARED, TIMED = 5, 50, 25
 
 Step = Callable[[np.ndarray], float]
 
 
-def ours(directory: Path, config: StepConfig) -> Step:
+def ours(directory: Path, config: StepConfig, devices: int) -> Step:
     """A training step on tokens [b, t], which gives the loss before it."""
-    optimizer = OPTIMIZER.transformation()
-    state, compiled = init_state(load_hf(directory), optimizer), None
+    jax.config.update("jax_num_cpu_devices", devices)
+    mesh, optimizer = make_mesh(data=devices), OPTIMIZER.transformation()
+    with jax.set_mesh(mesh):
+        state, compiled = init_state(shard_model(load_hf(directory), mesh), optimizer), None
 
     def step(tokens: np.ndarray) -> float:
         nonlocal state, compiled
-        batch = Batch(tokens=tokens, segment_ids=np.ones_like(tokens))
-        if compiled is None:
-            schedule = optax.constant_schedule(RATE)
-            compiled = compile_train_step(state, batch, optimizer=optimizer, schedule=schedule, config=config)
-        state, metrics = compiled(state, batch)
-        return float(metrics.loss)
+        with jax.set_mesh(mesh):
+            batch = place(Batch(tokens=tokens, segment_ids=np.ones_like(tokens)), mesh, len(tokens))
+            if compiled is None:
+                schedule = optax.constant_schedule(RATE)
+                compiled = compile_train_step(state, batch, optimizer=optimizer, schedule=schedule, config=config)
+            state, metrics = compiled(state, batch)
+            return float(metrics.loss)
 
     return step
 
@@ -110,7 +120,7 @@ def theirs(directory: Path, chunk_size: int) -> Step:
 
 def side(name: str, directory: Path) -> Step:
     """What a contender's process does with tokens: one of `OURS` or of `TORCH_CHUNKS`."""
-    return ours(directory, OURS[name]) if name in OURS else theirs(directory, TORCH_CHUNKS[name])
+    return ours(directory, *OURS[name]) if name in OURS else theirs(directory, TORCH_CHUNKS[name])
 
 
 def batches(count: int) -> np.ndarray:

@@ -179,6 +179,19 @@ def test_layers_by_a_scan_are_those_of_one_device(x64):
         assert_close(step(shard_model(model, mesh)), expected, 1e-12)
 
 
+def test_gradients_of_rows_on_devices_are_summed_once(x64):
+    """On a mesh of rows alone, in parts: the numbers of one device, and no sum over devices for each part."""
+    model, batch = random_model(EIGHT, jnp.float64), Batch(*packed_rows())
+    step = jax.jit(lambda model: step_gradient(model, batch, StepConfig(microbatches=2)))
+    expected, mesh = step(model), make_mesh(data=4)
+    with jax.set_mesh(mesh):
+        sharded = shard_model(model, mesh)
+        compiled = step.lower(sharded).compile()
+        assert_close(compiled(sharded), expected, 1e-12)
+    places = {part.split()[0] for part in compiled.as_text().split("\n\n") if " all-reduce(" in part}
+    assert places == {"ENTRY"}
+
+
 def test_what_flows_inside_is_that_of_one_device(x64):
     """Every tap, the states after the rows too, over all axes but data, without documents."""
     model, tokens = random_model(UNTIED, jnp.float64), random_tokens(UNTIED, 2, 12)

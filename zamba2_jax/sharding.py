@@ -210,6 +210,29 @@ def per_device(
     return divided
 
 
+def divides_rows_alone() -> bool:
+    """Whether the mesh that is set has several devices, all along `data`."""
+    mesh = ambient_mesh()
+    return mesh is not None and mesh.shape["data"] == mesh.size
+
+
+def summed_over_rows(function: Callable[..., Result]) -> Callable[..., Result]:
+    """A sum over rows of a batch, of which every device computes its rows' share, as if it were the only device.
+
+    Where `divides_rows_alone`, this is faster than to let the compiler divide it: what is summed crosses the network
+    once, whatever loops are in the function, and nothing in it depends on the mesh.
+
+    Args:
+        function: of a model, a batch with the rows in front, and a number.
+    """
+
+    def of_rows(model: Tree, batch: Tree, number: Array) -> Result:
+        return jax.lax.psum(function(model, batch, number), "data")
+
+    whole = PartitionSpec()
+    return jax.shard_map(of_rows, in_specs=(whole, PartitionSpec("data"), whole), out_specs=whole, check_vma=False)
+
+
 def split_axis(axis: str | None) -> str | None:
     """The one mesh axis that a logical axis is divided over now, for collectives; None if it is not."""
     mesh = ambient_mesh()

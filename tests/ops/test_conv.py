@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.test_util import check_grads
 
 from tests.helpers import assert_close, normal
 from tests.ops.segment_rows import ALL_ROWS, LENGTH, documents
@@ -11,7 +12,8 @@ from zamba2_jax import ops
 
 TAPS, WIDTH = 4, 3
 
-causal_conv1d, causal_conv1d_step = jax.jit(ops.causal_conv1d), jax.jit(ops.causal_conv1d_step)
+causal_conv1d = jax.jit(ops.causal_conv1d, static_argnames="activation")
+causal_conv1d_step = jax.jit(ops.causal_conv1d_step, static_argnames="activation")
 
 
 def loop(x, w, bias, initial_state, segment_ids):
@@ -75,6 +77,30 @@ def test_steps_are_the_row(x64):
         y, state = causal_conv1d_step(x[:, i], w, bias, state)
         ys.append(y)
     assert_close((jnp.stack(ys, axis=1), state), expected, 1e-14)
+
+
+@pytest.mark.parametrize("ids", [None, ALL_ROWS[[1, 60, 200]]], ids=["no documents", "documents"])
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_gradients_are_those_of_finite_differences(x64, ids, activation):
+    x, w, bias, state = arguments(3, LENGTH)
+    segment_ids = None if ids is None else jnp.asarray(ids)
+
+    def from_state(x, w, bias, state):
+        return causal_conv1d(x, w, bias, activation=activation, initial_state=state, segment_ids=segment_ids)
+
+    def from_zeros(x, w, bias):
+        return causal_conv1d(x, w, bias, activation=activation, segment_ids=segment_ids)
+
+    check_grads(from_state, (x, w, bias, state), order=1, modes=["rev"])
+    check_grads(from_zeros, (x, w, bias), order=1, modes=["rev"])
+
+
+def test_activation(x64):
+    x, w, bias, state = arguments(2, 7)
+    y, last = causal_conv1d(x, w, bias, initial_state=state)
+    assert_close(causal_conv1d(x, w, bias, activation="silu", initial_state=state), (y / (1 + np.exp(-y)), last), 1e-14)
+    y, last = causal_conv1d_step(x[:, 0], w, bias, state)
+    assert_close(causal_conv1d_step(x[:, 0], w, bias, state, activation="silu"), (y / (1 + np.exp(-y)), last), 1e-14)
 
 
 def test_one_tap_has_no_state():

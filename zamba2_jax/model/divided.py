@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from zamba2_jax import ops
 from zamba2_jax.ops import sequence
-from zamba2_jax.ops.conv import last_inputs
+from zamba2_jax.ops.conv import Activation, last_inputs
 from zamba2_jax.ops.ssd import Implementation
 from zamba2_jax.sharding import ambient_mesh, constrain, parts, per_device, split_axis
 from zamba2_jax.typing import Array, Bool, Float, Int, Shaped
@@ -59,6 +59,7 @@ def causal_conv1d(
     bias: Float[Array, " e"],
     channels: str | None,
     *,
+    activation: Activation | None,
     initial_state: Float[Array, "b k-1 e"] | None,
     segment_ids: Int[Array, "b t"] | None,
 ) -> tuple[Float[Array, "b t e"], Float[Array, "b k-1 e"]]:
@@ -68,12 +69,14 @@ def causal_conv1d(
     tokens, taps, state = (batch, time, channels), (None, channels), (batch, None, channels)
 
     def part(x, w, bias, initial_state, segment_ids):
-        return ops.causal_conv1d(x, w, bias, initial_state=initial_state, segment_ids=segment_ids)
+        return ops.causal_conv1d(
+            x, w, bias, activation=activation, initial_state=initial_state, segment_ids=segment_ids
+        )
 
     if axis is None:
         run = per_device(part, [tokens, taps, taps[1:], state, (batch, time)], [tokens, state])
         return run(x, w, bias, initial_state, segment_ids)
-    convolve = partial(sequence.convolve, axis_name=axis)
+    convolve = partial(sequence.convolve, axis_name=axis, activation=activation)
     y = per_device(convolve, [tokens, taps, taps[1:], (batch, time)], tokens)(x, w, bias, segment_ids)
     return y, last_inputs(x, len(w), segment_ids=segment_ids)
 

@@ -1,5 +1,7 @@
 """The Mamba2 block (arXiv:2405.21060, section 7) and the layer around it."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -71,12 +73,9 @@ class Mamba2(nnx.Module):
         """The block over whole rows, from `state` (zeros by default), and the state after them."""
         before_x, before_bc, before = (None,) * 3 if state is None else (state.conv_x, state.conv_bc, state.ssm)
         z, x, bc, dt = self._project(u, tap)
-        x, conv_x = causal_conv1d(
-            x, self.conv_x[...], self.conv_x_bias[...], "inner", initial_state=before_x, segment_ids=segment_ids
-        )
-        bc, conv_bc = causal_conv1d(
-            bc, self.conv_bc[...], self.conv_bc_bias[...], None, initial_state=before_bc, segment_ids=segment_ids
-        )
+        convolve = partial(causal_conv1d, activation="silu", segment_ids=segment_ids)
+        x, conv_x = convolve(x, self.conv_x[...], self.conv_x_bias[...], "inner", initial_state=before_x)
+        bc, conv_bc = convolve(bc, self.conv_bc[...], self.conv_bc_bias[...], None, initial_state=before_bc)
         y, ssm = ssd(
             *self._scan_inputs(x, dt, bc, tap),
             initial_state=before,
@@ -92,8 +91,9 @@ class Mamba2(nnx.Module):
         if tap is no_tap and (stepped := self._step_by_kernels(u, state)):
             return stepped
         z, x, bc, dt = self._project(u, tap)
-        x, conv_x = causal_conv1d_step(x, self.conv_x[...], self.conv_x_bias[...], state.conv_x)
-        bc, conv_bc = causal_conv1d_step(bc, self.conv_bc[...], self.conv_bc_bias[...], state.conv_bc)
+        convolve = partial(causal_conv1d_step, activation="silu")
+        x, conv_x = convolve(x, self.conv_x[...], self.conv_x_bias[...], state.conv_x)
+        bc, conv_bc = convolve(bc, self.conv_bc[...], self.conv_bc_bias[...], state.conv_bc)
         y, ssm = ssd_step(*self._scan_inputs(x, dt, bc, tap), state=state.ssm)
         return self._gate_and_project(y, z, tap), _state(conv_x, conv_bc, ssm, tap)
 
@@ -126,8 +126,8 @@ class Mamba2(nnx.Module):
     def _scan_inputs(self, x: Array, dt: Array, bc: Array, tap: Tap) -> tuple[Array, ...]:
         """The arguments of the scan, from the convolution's outputs [..., e] and [..., 2gn]."""
         c = self.config
-        x = tap("x", jax.nn.silu(x).reshape(*x.shape[:-1], c.mamba_heads, c.mamba_head_dim))
-        bc = jax.nn.silu(bc).reshape(*bc.shape[:-1], 2, c.ngroups, c.d_state)
+        x = tap("x", x.reshape(*x.shape[:-1], c.mamba_heads, c.mamba_head_dim))
+        bc = bc.reshape(*bc.shape[:-1], 2, c.ngroups, c.d_state)
         B, C = tap("B", bc[..., 0, :, :]), tap("C", bc[..., 1, :, :])
         A = -jnp.exp(self.A_log[...].astype(dt.dtype))
         return x, dt, A, B, C, self.D[...].astype(dt.dtype)

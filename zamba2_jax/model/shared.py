@@ -16,6 +16,7 @@ from zamba2_jax.model.cache import KVCache
 from zamba2_jax.model.divided import cached_attention, causal_attention
 from zamba2_jax.model.parameter import Rngs, norm_scale, normal, optional_bias, param, value
 from zamba2_jax.model.tap import Tap, no_tap, scoped
+from zamba2_jax.ops.geglu import geglu
 from zamba2_jax.ops.linear import adapter, linear
 from zamba2_jax.ops.norm import inverse_rms, rms_norm
 from zamba2_jax.ops.placement import platform
@@ -134,7 +135,7 @@ class SharedMLP(nnx.Module):
         gate = linear(x, self.gate[...], value(self.gate_bias)) + linear(low, call.gate_b[...])
         up = linear(x, self.up[...], value(self.up_bias)) + linear(low, call.up_b[...])
         gate, up = tap("gate", gate), tap("up", up)
-        inner = tap("inner", jax.nn.gelu(gate, approximate=False) * up)
+        inner = tap("inner", geglu(gate, up))
         return tap("output", linear(inner, self.down[...], value(self.down_bias)))
 
 

@@ -4,6 +4,7 @@ from zamba2_jax.ops.attention import cached_attention, causal_attention
 from zamba2_jax.ops.conv import causal_conv1d, causal_conv1d_step
 from zamba2_jax.ops.cross_entropy import cross_entropy
 from zamba2_jax.ops.embedding import embed
+from zamba2_jax.ops.geglu import geglu
 from zamba2_jax.ops.linear import adapter, linear
 from zamba2_jax.ops.norm import gated_rms_norm, rms_norm
 from zamba2_jax.ops.rope import rotate
@@ -22,6 +23,7 @@ __all__ = [
     "document_positions",
     "embed",
     "gated_rms_norm",
+    "geglu",
     "linear",
     "rms_norm",
     "rotate",

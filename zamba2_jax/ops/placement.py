@@ -1,11 +1,9 @@
 """Where a computation runs, as far as the choice of an implementation depends on it."""
 
 from collections.abc import Callable
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
-
-from zamba2_jax.typing import Array
 
 Tree = TypeVar("Tree")
 
@@ -41,15 +39,16 @@ def on_one_cpu() -> bool:
     return platform() == "cpu" and _undivided(without_mesh=True)
 
 
-def computed_once(function: Callable[[Array], Tree], array: Array) -> Tree:
-    """function(array), kept in memory for all that reads it.
+def compiled_apart(function: Callable[..., Tree], *arrays: Any) -> Tree:
+    """function(*arrays), compiled apart from all around it.
 
-    XLA on CPU computes what looks cheap, a cosine say, anew for every element of everything that reads it, and it drops
-    `jax.lax.optimization_barrier`. The result of a branch it keeps. Elsewhere, and divided among devices, plain.
+    XLA on CPU computes what looks cheap, a cosine say, anew for every element of everything that reads it; and what a
+    backward pass is to compute again, it keeps from the forward pass. It drops `jax.lax.optimization_barrier`. What is
+    inside a branch it neither repeats nor shares. Elsewhere, and divided among devices, plain.
     """
     if not on_one_cpu():
-        return function(array)
-    return jax.lax.cond(array.ravel()[0] == 0, function, function, array)
+        return function(*arrays)
+    return jax.lax.cond(jax.tree.leaves(arrays)[0].ravel()[0] == 0, function, function, *arrays)
 
 
 def _undivided(*, without_mesh: bool) -> bool:

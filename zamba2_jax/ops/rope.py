@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zamba2_jax.ops.placement import computed_once
+from zamba2_jax.ops.placement import compiled_apart
 from zamba2_jax.typing import Array, Float, Int, at_least_fp32
 
 
@@ -23,7 +23,7 @@ def rotate(x: Float[Array, "b t h p"], positions: Int[Array, "b t"], base: float
         angle = (positions[..., None].astype(wide) * frequency)[:, :, None, None]
         return jnp.cos(angle), jnp.concatenate([-jnp.sin(angle), jnp.sin(angle)], axis=-2)
 
-    cos, sin = computed_once(table, positions)
+    cos, sin = compiled_apart(table, positions)
     return _turn(x.reshape(*x.shape[:-1], 2, half), cos, sin).reshape(x.shape)
 
 

@@ -8,7 +8,7 @@ one.
 import jax
 import jax.numpy as jnp
 
-from zamba2_jax.ops.placement import computed_once
+from zamba2_jax.ops.placement import compiled_apart
 from zamba2_jax.typing import Array, Bool, Int
 
 
@@ -27,7 +27,7 @@ def document_index(segment_ids: Int[Array, "b t"]) -> Int[Array, "b t"]:
     def count(segment_ids: Array) -> Array:
         return jnp.cumsum(_document_starts(segment_ids), axis=1, dtype=jnp.int32)
 
-    return computed_once(count, segment_ids)
+    return compiled_apart(count, segment_ids)
 
 
 def document_positions(segment_ids: Int[Array, "b t"]) -> Int[Array, "b t"]:

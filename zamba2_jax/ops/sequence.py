@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from zamba2_jax.ops.attention import document_tags
 from zamba2_jax.ops.attention_xla import attention_xla
-from zamba2_jax.ops.conv import causal_conv1d
+from zamba2_jax.ops.conv import Activation, causal_conv1d
 from zamba2_jax.ops.decay import log_decays
 from zamba2_jax.ops.ssd import Implementation, ssd
 from zamba2_jax.ops.ssd_reference import join
@@ -23,6 +23,7 @@ def convolve(
     bias: Float[Array, " e"],
     segment_ids: Int[Array, "b t"] | None,
     axis_name: str,
+    activation: Activation | None = None,
 ) -> Float[Array, "b t e"]:
     """The outputs of `ops.causal_conv1d`, from the last k-1 inputs of the part before, and their documents.
 
@@ -33,7 +34,8 @@ def convolve(
     if x.shape[1] < past:
         raise ValueError(f"{x.shape[1]} tokens on each device of mesh axis {axis_name!r}: expected at least {past}")
     ids = None if segment_ids is None else _after_last(segment_ids, past, axis_name)
-    return causal_conv1d(_after_last(x, past, axis_name), w, bias, segment_ids=ids)[0][:, past:]
+    x = _after_last(x, past, axis_name)
+    return causal_conv1d(x, w, bias, activation=activation, segment_ids=ids)[0][:, past:]
 
 
 def _after_last(array: Shaped[Array, "b t *rest"], size: int, axis_name: str) -> Shaped[Array, "b s *rest"]:
