@@ -7,9 +7,9 @@ batches of the embedded prose, float32: forward, backward, clipping by global no
 side is a process of its own, with large pages unless `GLIBC_TUNABLES` says otherwise; they take turns of five steps,
 as the steps of a run follow each other. The first of a turn is not timed: while others work, a virtual machine gives
 back the memory that a process has freed. Ours runs three times: a batch at once; in four microbatches, which gives the
-same step in less memory; and on two devices, which are one core each, with half of the rows. transformers runs at the chunk size its scan is fastest with, its clamp of dt set to next to
-nothing, torch with its fused AdamW. The losses of the first 50 steps are compared, the last 25 are timed. Prints a
-table and writes bench_training.json beside this file.
+same step in less memory; and on two devices, which are one core each, with half of the rows. transformers runs at the
+chunk size its scan is fastest with, its clamp of dt set to next to nothing, torch with its fused AdamW. The losses of
+the first 50 steps are compared, the last 25 are timed. Prints a table and writes bench_training.json beside this file.
 """
 
 import argparse
