@@ -103,6 +103,12 @@ def test_activation(x64):
     assert_close(causal_conv1d_step(x[:, 0], w, bias, state, activation="silu"), (y / (1 + np.exp(-y)), last), 1e-14)
 
 
+def test_another_activation_is_named(unchecked):
+    x, w, bias, _ = arguments(2, 7)
+    with pytest.raises(ValueError, match="activation='gelu': expected None or 'silu'"):
+        ops.causal_conv1d(x, w, bias, activation="gelu")
+
+
 def test_one_tap_has_no_state():
     x, w, bias = normal(2, 5, 3), normal(1, 3), normal(3)
     y, state = causal_conv1d(x, w, bias, segment_ids=jnp.ones((2, 5), int))

@@ -1,7 +1,7 @@
 """Causal depthwise convolution over time, whole sequences and one step."""
 
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,12 @@ def causal_conv1d(
 
     Returns:
         y, in the dtype of x, and the last k-1 real inputs of each row's last document, oldest first.
+
+    Raises:
+        ValueError: `activation` is another one.
     """
+    if activation not in (None, *get_args(Activation)):
+        raise ValueError(f"activation={activation!r}: expected None or 'silu'")
     y = _convolve(x, w, bias, initial_state, segment_ids, activation)
     return y, last_inputs(x, len(w), initial_state=initial_state, segment_ids=segment_ids)
 
