@@ -1,6 +1,7 @@
 """The GPU kernels of a step, interpreted, against the block in float64; where they are used; their lowering."""
 
 import dataclasses
+import math
 import re
 from functools import partial
 
@@ -38,7 +39,8 @@ def test_is_no_less_exact_than_the_plain_step(x64, monkeypatch, config, rows):
     assert_close(got, exact, 2**-6)
     for ours, xla, expected in zip(*map(jax.tree.leaves, (got, plain, exact)), strict=True):
         error, bound = (np.linalg.norm(np.asarray(a, np.float64) - np.asarray(expected)) for a in (ours, xla))
-        assert error <= 1.05 * bound  # a few values that round the other way
+        # As many roundings on both sides, of other values: the norms of n of them differ by some 1 / sqrt(n).
+        assert error <= (1 + 3 / math.sqrt(expected.size)) * bound
 
 
 @pytest.mark.parametrize(
