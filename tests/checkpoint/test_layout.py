@@ -77,12 +77,17 @@ BY_HAND = {
 def test_the_parts_of_the_table_are_the_parameters_of_the_model(config):
     parameters, table = named_parameters(abstract_model(config)), tensors(config)
     assert Counter(part.path for tensor in table for part in tensor.parts) == Counter(parameters.keys())
+    shapes: dict[tuple, list[tuple[int, ...]]] = {}
     for tensor in table:
-        assert sum(part.size for part in tensor.parts) == tensor.shape[tensor.axis], tensor.name
-        array = np.arange(np.prod(tensor.shape), dtype=np.int32).reshape(tensor.shape)
-        parts = tensor.split(array)
-        assert {path: part.shape for path, part in parts.items()} == {path: parameters[path].shape for path in parts}
-        np.testing.assert_array_equal(tensor.join(list(parts.values())), array)
+        sizes = tuple(part.size for part in tensor.parts)
+        kind = tensor.shape, sizes, tensor.axis, tensor.form
+        if kind not in shapes:  # gigabytes each in 7B, where every layer's are split and joined in the same way
+            assert sum(sizes) == tensor.shape[tensor.axis], tensor.name
+            array = np.arange(np.prod(tensor.shape), dtype=np.int32).reshape(tensor.shape)
+            parts = list(tensor.split(array).values())
+            np.testing.assert_array_equal(tensor.join(parts), array)
+            shapes[kind] = [part.shape for part in parts]
+        assert [parameters[part.path].shape for part in tensor.parts] == shapes[kind], tensor.name
 
 
 @pytest.mark.parametrize("config", MODELS.values(), ids=MODELS)
