@@ -240,8 +240,15 @@ def loss_and_gradient(model: Zamba2, batch: Batch, config: StepConfig = DEFAULT)
     def share(model: Zamba2, batch: Batch, count: Array) -> tuple[Array, Zamba2]:
         return _loss_and_gradient(model, batch, count, config)
 
-    run = summed_over_rows(share) if divides_rows_alone() else share
-    return run(model, batch, _predicted(batch))
+    count = _predicted(batch)
+    if not divides_rows_alone():
+        return share(model, batch, count)
+    rows, devices = len(batch.tokens), jax.sharding.get_abstract_mesh().size
+    if rows % (devices * config.microbatches):
+        raise ValueError(
+            f"microbatches={config.microbatches} on each of {devices} devices do not divide the batch of {rows} rows"
+        )
+    return summed_over_rows(share)(model, batch, count)
 
 
 def _loss_and_gradient(model: Zamba2, batch: Batch, count: Array, config: StepConfig) -> tuple[Array, Zamba2]:
