@@ -1,7 +1,6 @@
 """The GPU kernels of a step, interpreted, against the block in float64; where they are used; their lowering."""
 
 import dataclasses
-import math
 import re
 from functools import partial
 
@@ -27,20 +26,23 @@ WIDE = dataclasses.replace(SMALL, hidden_size=256, mamba_heads=8, d_state=32, ng
 def test_is_no_less_exact_than_the_plain_step(x64, monkeypatch, config, rows):
     block = random_model(config, jnp.bfloat16).layers[1].mamba
     empty = init_cache(config, rows, 4, jnp.bfloat16).mamba[1]
-    u = normal(rows, config.hidden_size, dtype=jnp.bfloat16)
-    state = jax.tree.map(lambda array: normal(*array.shape, dtype=array.dtype), empty)
-    plain = block.step(u, state)
-    exact = as_dtype(block, jnp.float64).step(as_dtype(u, jnp.float64), as_dtype(state, jnp.float64))
-    with monkeypatch.context() as on_gpu:
-        on_gpu.setattr(mamba, "kernels", lambda: "gpu")
-        on_gpu.setattr(of_gpu, "mamba_step_pallas_gpu", partial(mamba_step_pallas_gpu, interpret=True))
-        got = block.step(u, state)
-    assert [a.dtype for a in jax.tree.leaves(got)] == [a.dtype for a in jax.tree.leaves(plain)]
-    assert_close(got, exact, 2**-6)
-    for ours, xla, expected in zip(*map(jax.tree.leaves, (got, plain, exact)), strict=True):
-        error, bound = (np.linalg.norm(np.asarray(a, np.float64) - np.asarray(expected)) for a in (ours, xla))
-        # As many roundings on both sides, of other values: the norms of n of them differ by some 1 / sqrt(n).
-        assert error <= (1 + 3 / math.sqrt(expected.size)) * bound
+    squares = np.zeros((2, len(jax.tree.leaves(empty)) + 1))
+    for seed in range(4):  # of one alone, the errors of so few values differ by more than 1.05 by chance
+        u = normal(rows, config.hidden_size, dtype=jnp.bfloat16, seed=seed)
+        state = jax.tree.map(lambda array, seed=seed: normal(*array.shape, dtype=array.dtype, seed=10 + seed), empty)
+        plain = block.step(u, state)
+        exact = as_dtype(block, jnp.float64).step(as_dtype(u, jnp.float64), as_dtype(state, jnp.float64))
+        with monkeypatch.context() as on_gpu:
+            on_gpu.setattr(mamba, "kernels", lambda: "gpu")
+            on_gpu.setattr(of_gpu, "mamba_step_pallas_gpu", partial(mamba_step_pallas_gpu, interpret=True))
+            got = block.step(u, state)
+        assert [a.dtype for a in jax.tree.leaves(got)] == [a.dtype for a in jax.tree.leaves(plain)]
+        assert_close(got, exact, 2**-6)
+        for total, found in zip(squares, (got, plain), strict=True):
+            errors = jax.tree.map(lambda a, b: np.sum((np.asarray(a, np.float64) - np.asarray(b)) ** 2), found, exact)
+            total += jax.tree.leaves(errors)
+    ours, xla = np.sqrt(squares)
+    assert (ours <= 1.05 * xla).all()  # a few values that round the other way
 
 
 @pytest.mark.parametrize(
