@@ -31,7 +31,7 @@ from contender import Answer, Contender
 from flax import nnx
 
 from zamba2_jax import Zamba2, Zamba2Config, load_hf, save_hf
-from zamba2_jax.sharding import make_mesh, shard_model
+from zamba2_jax.sharding import make_mesh
 from zamba2_jax.train.corpus import tokenize_embedded_corpus
 from zamba2_jax.train.data import Batch
 from zamba2_jax.train.files import write_json
@@ -77,7 +77,7 @@ def ours(directory: Path, config: StepConfig, devices: int) -> Step:
     jax.config.update("jax_num_cpu_devices", devices)
     mesh, optimizer = make_mesh(data=devices), OPTIMIZER.transformation()
     with jax.set_mesh(mesh):
-        state, compiled = init_state(shard_model(load_hf(directory), mesh), optimizer), None
+        state, compiled = init_state(load_hf(directory, mesh=mesh), optimizer), None
 
     def step(tokens: np.ndarray) -> float:
         nonlocal state, compiled

@@ -188,7 +188,7 @@ def test_gradients_of_rows_on_devices_are_summed_once(x64):
         sharded = shard_model(model, mesh)
         compiled = step.lower(sharded).compile()
         assert_close(compiled(sharded), expected, 1e-12)
-        with pytest.raises(ValueError, match="microbatches=4 on each of 4 devices do not divide the batch of 8 rows"):
+        with pytest.raises(ValueError, match="microbatches=4 on each of 4 devices does not divide the batch of 8 rows"):
             jax.eval_shape(lambda model: step_gradient(model, batch, StepConfig(microbatches=4)), sharded)
     places = {part.split()[0] for part in compiled.as_text().split("\n\n") if " all-reduce(" in part}
     assert places == {"ENTRY"}

@@ -26,7 +26,7 @@ from zamba2_jax.sharding import (
     batch_sharding,
     constrain,
     constrain_parameters,
-    divides_rows_alone,
+    row_shares,
     summed_over_rows,
 )
 from zamba2_jax.train.data import Batch
@@ -236,19 +236,15 @@ def loss_and_gradient(model: Zamba2, batch: Batch, config: StepConfig = DEFAULT)
     Raises:
         ValueError: as `train_step`.
     """
+    rows, shares = len(batch.tokens), row_shares()
+    if rows % (shares * config.microbatches):
+        each = f" on each of {shares} devices" if shares > 1 else ""
+        raise ValueError(f"microbatches={config.microbatches}{each} does not divide the batch of {rows} rows")
 
     def share(model: Zamba2, batch: Batch, count: Array) -> tuple[Array, Zamba2]:
         return _loss_and_gradient(model, batch, count, config)
 
-    count = _predicted(batch)
-    if not divides_rows_alone():
-        return share(model, batch, count)
-    rows, devices = len(batch.tokens), jax.sharding.get_abstract_mesh().size
-    if rows % (devices * config.microbatches):
-        raise ValueError(
-            f"microbatches={config.microbatches} on each of {devices} devices do not divide the batch of {rows} rows"
-        )
-    return summed_over_rows(share)(model, batch, count)
+    return summed_over_rows(share)(model, batch, _predicted(batch))
 
 
 def _loss_and_gradient(model: Zamba2, batch: Batch, count: Array, config: StepConfig) -> tuple[Array, Zamba2]:
@@ -327,8 +323,6 @@ def _predicted(batch: Batch) -> Int[Array, ""]:
 
 def _split(batch: Batch, parts: int) -> Batch:
     """The rows in parts, [parts, rows, t], each of which takes as many rows from every device."""
-    if len(batch.tokens) % parts:
-        raise ValueError(f"microbatches={parts} does not divide the batch of {len(batch.tokens)} rows")
 
     def split(array: Array) -> Array:
         rows = jnp.asarray(array).reshape(-1, parts, array.shape[1])
