@@ -19,19 +19,19 @@ from zamba2_jax.checkpoint.hf import save_hf
 from zamba2_jax.checkpoint.store import save_state
 from zamba2_jax.cli.several import Several, values
 from zamba2_jax.config import Zamba2Config
+from zamba2_jax.files import write_atomically, write_json
 from zamba2_jax.generate import Sampling, generate
 from zamba2_jax.model import Zamba2
+from zamba2_jax.text.vocabulary import BOS, EOS, MIN_VOCAB_SIZE, save_tokenizer
 from zamba2_jax.train.corpus import TokenizedCorpus, tokenize_embedded_corpus
 from zamba2_jax.train.curves import plot_curves
 from zamba2_jax.train.data import held_out
-from zamba2_jax.train.files import write_atomically, write_json
 from zamba2_jax.train.loop import make_stages, train
 from zamba2_jax.train.metrics import EvalRecord, JsonLines, Record, TrainRecord, bits_per_byte, tee
 from zamba2_jax.train.optimizer import AdamW
 from zamba2_jax.train.progress import ProgressView
 from zamba2_jax.train.schedule import Decay, Phase, learning_rate
 from zamba2_jax.train.step import TrainState, compile_train_step, init_state
-from zamba2_jax.train.tokenizer import BOS, EOS, MIN_VOCAB_SIZE, save_tokenizer
 
 MARKER = "demo.json"
 OUTPUTS = (

@@ -25,7 +25,7 @@ from zamba2_jax.generate.batch import (
     run_jobs,
     write_result,
 )
-from zamba2_jax.generate.tokenizer import CheckpointTokenizer
+from zamba2_jax.text.tokenizer import CheckpointTokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

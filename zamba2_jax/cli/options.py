@@ -11,8 +11,8 @@ import tyro
 from zamba2_jax.checkpoint.hf import find_entries, load_hf, local_directory
 from zamba2_jax.config import Zamba2Config
 from zamba2_jax.generate.sampling import Sampling
-from zamba2_jax.generate.tokenizer import CheckpointTokenizer, load_tokenizer, stop_tokens
 from zamba2_jax.model.zamba2 import Zamba2
+from zamba2_jax.text.tokenizer import CheckpointTokenizer, load_tokenizer, stop_tokens
 
 Dtype = Literal["auto", "stored", "float32", "bfloat16"]
 

@@ -17,9 +17,9 @@ from rich.table import Table
 from zamba2_jax.cli.output import check_json_option, table_console
 from zamba2_jax.cli.several import Several, values
 from zamba2_jax.config import Zamba2Config
+from zamba2_jax.files import write_atomically
 from zamba2_jax.parity.case import VARIANTS, Case
 from zamba2_jax.parity.evidence import Row
-from zamba2_jax.train.files import write_atomically
 
 if TYPE_CHECKING:
     from zamba2_jax.parity.check import Report

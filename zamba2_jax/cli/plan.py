@@ -11,13 +11,13 @@ from rich.table import Table
 
 from zamba2_jax.cli.output import check_json_option, table_console
 from zamba2_jax.config import Zamba2Config
+from zamba2_jax.files import write_json
 from zamba2_jax.model.stack import Remat
 from zamba2_jax.ops.ssd import Implementation
 from zamba2_jax.plan.chips import Slice, describe_slice
 from zamba2_jax.plan.estimate import DoesNotFitError, Estimate, Job, estimate
 from zamba2_jax.plan.search import candidates
 from zamba2_jax.sharding import MESH_AXES
-from zamba2_jax.train.files import write_json
 from zamba2_jax.train.step import StepConfig
 
 
