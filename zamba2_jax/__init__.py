@@ -10,12 +10,12 @@ from zamba2_jax.generate import (
     Token,
     decode_step,
     generate,
-    load_tokenizer,
     prefill,
     score,
     stream,
 )
 from zamba2_jax.model import Cache, Zamba2, cache_bytes, capture, fork, init_cache, next_token_loss, tap_names
+from zamba2_jax.text import load_tokenizer
 
 __all__ = [
     "Cache",

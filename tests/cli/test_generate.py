@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.generate.checkpoints import CONFIG, write_checkpoint
+from tests.generate.checkpoints import write_checkpoint
 from tests.helpers import COMMAND
 from zamba2_jax import generate, load_hf
 from zamba2_jax.cli import options
@@ -26,7 +26,7 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def continuations(directory):
-    tokenizer = load_tokenizer(directory, CONFIG)
+    tokenizer = load_tokenizer(directory)
     return generate(load_hf(directory), PROMPTS, 6, tokenizer=tokenizer, stop_tokens=(2,))
 
 

@@ -21,7 +21,7 @@ LINES = (
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     directory = write_checkpoint(tmp_path_factory.mktemp("batch") / "model")
-    return load_hf(directory), load_tokenizer(directory, CONFIG)
+    return load_hf(directory), load_tokenizer(directory)
 
 
 def jobs_of(lines, tokenizer=None, **options):

@@ -94,7 +94,7 @@ def test_scores_are_those_of_transformers_in_the_same_harness(directory, tmp_pat
         batch_size=1,
         max_length=max_length,
     )
-    ours = Harness(load_hf(directory), load_tokenizer(directory, CONFIG), batch_size=4, max_length=max_length)
+    ours = Harness(load_hf(directory), load_tokenizer(directory), batch_size=4, max_length=max_length)
     tasks = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
     found, expected = (
         lm_eval.simple_evaluate(model=model, tasks=list(TASKS), task_manager=tasks, bootstrap_iters=0)
@@ -118,7 +118,7 @@ def test_scores_are_those_of_transformers_in_the_same_harness(directory, tmp_pat
 def test_bad_arguments_are_named(directory):
     from zamba2_jax.generate.harness import Harness
 
-    model, tokenizer = load_hf(directory), load_tokenizer(directory, CONFIG)
+    model, tokenizer = load_hf(directory), load_tokenizer(directory)
     with pytest.raises(ValueError, match="tokenizer=None: expected one with an eos_token"):
         Harness(model)
     with pytest.raises(ValueError, match="batch_size='auto': expected a number"):

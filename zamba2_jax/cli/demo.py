@@ -13,7 +13,6 @@ import tyro
 from flax import nnx
 from rich.console import Console
 from rich.table import Table
-from tokenizers import Tokenizer
 
 from zamba2_jax.checkpoint.hf import save_hf
 from zamba2_jax.checkpoint.store import save_state
@@ -22,7 +21,8 @@ from zamba2_jax.config import Zamba2Config
 from zamba2_jax.files import write_atomically, write_json
 from zamba2_jax.generate import Sampling, generate
 from zamba2_jax.model import Zamba2
-from zamba2_jax.text.vocabulary import BOS, EOS, MIN_VOCAB_SIZE, save_tokenizer
+from zamba2_jax.text.tokenizer import Tokenizer
+from zamba2_jax.text.vocabulary import MIN_VOCAB_SIZE, save_tokenizer
 from zamba2_jax.train.corpus import TokenizedCorpus, tokenize_embedded_corpus
 from zamba2_jax.train.curves import plot_curves
 from zamba2_jax.train.data import held_out
@@ -173,13 +173,10 @@ class Demo:
 
     def _write(self, model: Zamba2, tokenizer: Tokenizer, console: Console) -> None:
         """Continues the prompts, on the terminal and in samples.txt."""
-        prompts = [[BOS, *tokenizer.encode(prompt).ids] for prompt in self._prompts]
         sampling = Sampling(temperature=self.temperature, seed=self.seed)
-        continuations = generate(model, prompts, self.new_tokens, sampling, stop_tokens=[EOS])
-        texts = [
-            prompt + tokenizer.decode(tokens)  # EOS, which may be last, is left out as a special token
-            for prompt, tokens in zip(self._prompts, continuations, strict=True)
-        ]
+        ends = tokenizer.end_tokens
+        continuations = generate(model, self._prompts, self.new_tokens, sampling, tokenizer=tokenizer, stop_tokens=ends)
+        texts = [prompt + continuation for prompt, continuation in zip(self._prompts, continuations, strict=True)]
         for prompt, text in zip(self._prompts, texts, strict=True):
             console.print()
             console.print(prompt, style="bold", markup=False, end="", soft_wrap=True)

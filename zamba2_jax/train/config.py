@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from zamba2_jax.checkpoint.hf import local_directory
+from zamba2_jax.checkpoint.hub import local_directory
 from zamba2_jax.config import Zamba2Config
 from zamba2_jax.train.optimizer import AdamW
 from zamba2_jax.train.schedule import Phase, learning_rate
@@ -120,8 +120,9 @@ class RunConfig:
     Attributes:
         directory: of the run.
         model: what to train.
-        tokenizer: "embedded", one trained on the embedded corpus, or a tokenizer.json or a directory that holds one;
-            None where all sources are token files, whose own it then is.
+        tokenizer: "embedded", one trained on the embedded corpus; or what `load_tokenizer` takes, a tokenizer.json, a
+            sentencepiece model, a directory that holds one, or the id of a repository on the Hugging Face hub. By
+            default that of the token files, if there are such sources, or else of `model.hf`.
         sources: documents to train on, by the names that the shares of phases use.
         phases: one after the other.
         learning_rate: the peak that fractions in the phases are of.
