@@ -266,8 +266,11 @@ def _convert(kind: Any, value: Any, place: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return from_table(kind, value, place)  # type: ignore[arg-type]
     if origin in (Union, types.UnionType):
-        inner = next(argument for argument in arguments if argument is not types.NoneType)
-        return None if value is None else _convert(inner, value, place)
+        if value is None:
+            return None
+        inner = [argument for argument in arguments if argument is not types.NoneType]
+        listed = isinstance(value, list | tuple)
+        return _convert(next((k for k in inner if (get_origin(k) is tuple) == listed), inner[0]), value, place)
     if origin is Literal:
         _require(value in arguments, place, value, f"one of {', '.join(map(str, arguments))}")
         return value
