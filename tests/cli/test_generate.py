@@ -89,15 +89,46 @@ def test_an_interrupted_job_keeps_what_is_done_and_goes_on(directory, tmp_path):
     assert len(out.read_text().splitlines()) == 40
 
 
+def test_a_reader_that_goes_away_ends_the_command_without_a_word(tmp_path):
+    """As `| head` does. The package has to be imported for that, and nothing else."""
+    code = (
+        "import sys; from zamba2_jax.cli import main as m\n"
+        "class Print:\n    def run(self):\n        while True: print('x' * 1000, flush=True)\n"
+        "m._constructor = lambda entry, chosen: Print\n"
+        "sys.exit(m.main(['generate']))"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        said = process.stderr.read()
+    assert (process.returncode, said) == (128 + signal.SIGPIPE, b"")
+
+
+def test_a_job_goes_on_with_its_own_model_and_settings_alone(call, tmp_path, capsys):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "the cat"}\n{"prompt": "on the mat"}\n')
+    words = ("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+    assert call(*words) == 0
+    whole = (tmp_path / "out.jsonl").read_text().splitlines()
+    (tmp_path / "out.jsonl").write_text(whole[0] + "\n")
+    capsys.readouterr()
+    assert call(*words, "--resume", "--temperature", "1", "--max-new-tokens", "7", "--stop", "x") == 2
+    assert (
+        "were made by another job:\n  max_new_tokens: 6 before, 7 now\n  temperature: 0.0 before, 1.0 now\n  stop: [] "
+        in (capsys.readouterr().err)
+    )
+    assert call(*words, "--resume") == 0
+    assert sorted((tmp_path / "out.jsonl").read_text().splitlines()) == sorted(whole)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ([], "expected one of --prompt and --input"),
         (["--prompt", "x", "--input", "-"], "expected one of --prompt and --input"),
-        (["--prompt", ""], "prompt is empty, expected text"),
+        (["--prompt", "\udcff"], "prompt 0 is '\\udcff', with half of a surrogate pair: expected text"),
         (["--prompt", "x", "--top-p", "0"], "top_p=0.0: expected a number in (0, 1]"),
         (["--prompt", "x", "--capacity", "0"], "--capacity 0: expected at least 1"),
-        (["--prompt", "x", "--capacity", "6"], "1 tokens and 6 new ones: expected at most the capacity, 6"),
+        (["--prompt", "x", "--capacity", "6"], "2 tokens and 6 new ones: expected at most the capacity, 6"),
         (["--prompt", "x", "--stop", ""], "stop_strings=('',): expected a sequence of strings, none empty"),
         (["--prompt", "x", "--slots", "0"], "--slots 0: expected at least 1"),
         (["--prompt", "x", "--resume"], "--resume needs --output"),

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -73,20 +74,11 @@ def test_scores_are_those_of_transformers_in_the_same_harness(directory, tmp_pat
     pytest.importorskip("accelerate", reason="the harness's own adapter needs accelerate, which is not installed")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    import lm_eval
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
     from zamba2_jax.generate.harness import Harness
     from zamba2_jax.parity import reference
 
-    (tmp_path / "tasks").mkdir()
-    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, documents())))
-    for name, task in TASKS.items():
-        data = (
-            f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/data.jsonl}}}}\ntest_split: test\n"
-        )
-        (tmp_path / "tasks" / f"{name}.yaml").write_text(f"task: {name}\n{data}{task}")
     max_length = 24  # shorter than some texts, which are then cut and rolled over
     theirs = HFLM(
         pretrained=reference.load(directory, CONFIG, "float32", reference.CHUNK_SIZE),
@@ -95,12 +87,50 @@ def test_scores_are_those_of_transformers_in_the_same_harness(directory, tmp_pat
         max_length=max_length,
     )
     ours = Harness(load_hf(directory), load_tokenizer(directory), batch_size=4, max_length=max_length)
+    compare(ours, theirs, tmp_path)
+
+
+@pytest.mark.slow
+def test_answers_end_with_all_tokens_that_the_checkpoint_names(directory, tmp_path, monkeypatch):
+    """Two of them; one is not special, and its text is in the answer, as in that of the harness's own class."""
+    transformers = pytest.importorskip("transformers", reason="compares with transformers, which is not installed")
+    pytest.importorskip("accelerate", reason="the harness's own adapter needs accelerate, which is not installed")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    from lm_eval.models.huggingface import HFLM
+
+    from zamba2_jax.generate.harness import Harness
+
+    ended = tmp_path / "model"
+    shutil.copytree(directory, ended)
+    (second,) = load_tokenizer(ended).encode(" the", add_special_tokens=False)
+    (ended / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, second], "pad_token_id": 0}))
+    assert load_tokenizer(ended).end_tokens == (2, second)
+    ours = Harness(str(ended), batch_size=4, max_length=48)
+    theirs = HFLM(pretrained=str(ended), batch_size=1, max_length=48, dtype="float32")
+    found = compare(ours, theirs, tmp_path, ["until"])
+    answers = {response for sample in found["samples"]["until"] for [response] in sample["resps"]}
+    assert any(answer.endswith(" the") for answer in answers)
+
+
+def compare(ours, theirs, tmp_path, names=tuple(TASKS)):
+    """The same tasks with two models, sample by sample; what was found."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, documents())))
+    for name in names:
+        data = (
+            f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/data.jsonl}}}}\ntest_split: test\n"
+        )
+        (tmp_path / "tasks" / f"{name}.yaml").write_text(f"task: {name}\n{data}{TASKS[name]}")
     tasks = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
     found, expected = (
-        lm_eval.simple_evaluate(model=model, tasks=list(TASKS), task_manager=tasks, bootstrap_iters=0)
+        lm_eval.simple_evaluate(model=model, tasks=list(names), task_manager=tasks, bootstrap_iters=0)
         for model in (ours, theirs)
     )
-    for name in TASKS:
+    for name in names:
         for a, b in zip(found["samples"][name], expected["samples"][name], strict=True):
             assert a["doc"] == b["doc"]
             if name == "until":
@@ -113,6 +143,7 @@ def test_scores_are_those_of_transformers_in_the_same_harness(directory, tmp_pat
             if isinstance(value, float):
                 np.testing.assert_allclose(found["results"][name][metric], value, rtol=1e-5, err_msg=metric)
     assert len({response for sample in found["samples"]["until"] for [response] in sample["resps"]}) > 3
+    return found
 
 
 def test_bad_arguments_are_named(directory):
