@@ -181,7 +181,7 @@ BAD_FILES = {
             r"line 3: .* named 'text', not \{'body': 'y'\}",
         ),
         (lambda path: path.write_text('{"text": 5}'), r"line 1: expected an object with a text"),
-        (lambda path: path.write_text('{"text": "x"}\n{"text": "\\\\ud800"}'), r"line 2: half of a surrogate pair"),
+        (lambda path: path.write_text('{"text": "x"}\n{"text": "\\ud800"}'), r"line 2: half of a surrogate pair"),
         (lambda path: path.write_text("[1]"), r"line 1: .*not \[1\]"),
         (lambda path: path.write_bytes(b'{"text": "x"}\n{"text": "\xff"}'), r"a\.jsonl, line 2: not UTF-8"),
     ],
@@ -228,7 +228,7 @@ def test_more_text_than_fits_is_refused_unread(tokenizer, tmp_path, monkeypatch)
         ({"kind": "prose", "path": "x"}, "kind='prose' with path='x': expected none"),
         (
             {"kind": "tokens", "path": "x", "eos": ""},
-            "kind='tokens' with eos='': expected none, it is tokenized already",
+            "kind='tokens' with eos='': expected none, it is tokenized",
         ),
     ],
 )
