@@ -107,7 +107,7 @@ def test_answers_end_with_all_tokens_that_the_checkpoint_names(directory, tmp_pa
     (ended / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, second], "pad_token_id": 0}))
     assert load_tokenizer(ended).end_tokens == (2, second)
     ours = Harness(str(ended), batch_size=4, max_length=48)
-    theirs = HFLM(pretrained=str(ended), batch_size=1, max_length=48, dtype="float32")
+    theirs = HFLM(pretrained=str(ended), batch_size=1, max_length=48, dtype="float32", device="cpu")
     found = compare(ours, theirs, tmp_path, ["until"])
     answers = {response for sample in found["samples"]["until"] for [response] in sample["resps"]}
     assert any(answer.endswith(" the") for answer in answers)
