@@ -301,7 +301,7 @@ def match(config: Zamba2Config, entries: dict[str, Entry]) -> tuple[list[tuple[T
             differing = [name for name in copies if not _equal(entries[name], entry)]
             problems += [f"{name}: differs from {entry.name}, to which it is tied" for name in differing]
     extra = sorted(name for name in set(entries) - used if not ignored(config, name))
-    return found, problems + [f"{name}: unexpected" for name in extra]
+    return found, problems + [f"{entries[name].name}: unexpected" for name in extra]
 
 
 def _equal(first: Entry, second: Entry) -> bool:
