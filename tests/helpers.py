@@ -2,12 +2,14 @@
 
 import dataclasses
 import sys
+from contextlib import contextmanager
 from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
 
 from zamba2_jax import Zamba2, Zamba2Config
 
@@ -98,3 +100,17 @@ def for_a_gpu(kind="NVIDIA H200"):
     """A context in which programs are lowered for a GPU that is not there."""
     device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=None, platform="gpu")
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
+
+
+@contextmanager
+def freshly_compiled():
+    """In it programs are compiled and not loaded, for tests of what the compiler does."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX asks once whether there is one
+    jax.clear_caches()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", True)
+        compilation_cache.reset_cache()
+        jax.clear_caches()

@@ -35,9 +35,7 @@ def start(tmp_path):
         path = tmp_path / f"{directory}.json"
         path.write_text(json.dumps(values))
         flags = f"--xla_force_host_platform_device_count={devices}"
-        cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled")}
-        cache["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-        environment = os.environ | cache | {"XLA_FLAGS": flags}
+        environment = os.environ | {"XLA_FLAGS": flags}
         command = [*COMMAND, "train", "--config", str(path), *options]
         with (tmp_path / f"{directory}.log").open("a") as log:
             process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
