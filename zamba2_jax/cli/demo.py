@@ -1,37 +1,32 @@
 """`zamba2 demo`: the whole way from text to a model that writes, in minutes."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
 import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import jax
 import tyro
-from flax import nnx
 from rich.console import Console
 from rich.table import Table
-from tokenizers import Tokenizer
 
-from zamba2_jax.checkpoint.hf import save_hf
-from zamba2_jax.checkpoint.store import save_state
+from zamba2_jax.choices import Decay
 from zamba2_jax.cli.several import Several, values
 from zamba2_jax.config import Zamba2Config
-from zamba2_jax.generate import Sampling, generate
-from zamba2_jax.model import Zamba2
-from zamba2_jax.train.corpus import TokenizedCorpus, tokenize_embedded_corpus
-from zamba2_jax.train.curves import plot_curves
-from zamba2_jax.train.data import held_out
 from zamba2_jax.train.files import write_atomically, write_json
-from zamba2_jax.train.loop import make_stages, train
-from zamba2_jax.train.metrics import EvalRecord, JsonLines, Record, TrainRecord, bits_per_byte, tee
-from zamba2_jax.train.optimizer import AdamW
-from zamba2_jax.train.progress import ProgressView
-from zamba2_jax.train.schedule import Decay, Phase, learning_rate
-from zamba2_jax.train.step import TrainState, compile_train_step, init_state
-from zamba2_jax.train.tokenizer import BOS, EOS, MIN_VOCAB_SIZE, save_tokenizer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+    from zamba2_jax.model import Zamba2
+    from zamba2_jax.train.corpus import TokenizedCorpus
+    from zamba2_jax.train.metrics import Record
+    from zamba2_jax.train.schedule import Phase
+    from zamba2_jax.train.step import TrainState
 
 MARKER = "demo.json"
 OUTPUTS = (
@@ -91,6 +86,21 @@ class Demo:
             ValueError: an option is not valid.
             OSError: the output directory is in use for something else, or cannot be written to.
         """
+        import jax
+        from flax import nnx
+
+        from zamba2_jax.model import Zamba2
+        from zamba2_jax.train.corpus import tokenize_embedded_corpus
+        from zamba2_jax.train.curves import plot_curves
+        from zamba2_jax.train.data import held_out
+        from zamba2_jax.train.loop import make_stages, train
+        from zamba2_jax.train.metrics import JsonLines, tee
+        from zamba2_jax.train.optimizer import AdamW
+        from zamba2_jax.train.progress import ProgressView
+        from zamba2_jax.train.schedule import learning_rate
+        from zamba2_jax.train.step import compile_train_step, init_state
+        from zamba2_jax.train.tokenizer import save_tokenizer
+
         begin = time.perf_counter()
         self._check()
         config, phases = Zamba2Config.preset(self.preset), self._phases()
@@ -133,6 +143,8 @@ class Demo:
 
     def _check(self) -> None:
         """Checks what is not checked before the training starts otherwise."""
+        from zamba2_jax.train.tokenizer import MIN_VOCAB_SIZE
+
         vocab_size = Zamba2Config.preset(self.preset).vocab_size
         rules = {
             "preset": (vocab_size >= MIN_VOCAB_SIZE, f"one of at least {MIN_VOCAB_SIZE} tokens, not {vocab_size}"),
@@ -150,6 +162,8 @@ class Demo:
             raise ValueError("--prompts holds an empty one: expected text")
 
     def _phases(self) -> list[Phase]:
+        from zamba2_jax.train.schedule import Phase
+
         pretraining, annealing = self.steps
         return [
             Phase(
@@ -173,6 +187,9 @@ class Demo:
 
     def _write(self, model: Zamba2, tokenizer: Tokenizer, console: Console) -> None:
         """Continues the prompts, on the terminal and in samples.txt."""
+        from zamba2_jax.generate import Sampling, generate
+        from zamba2_jax.train.tokenizer import BOS, EOS
+
         prompts = [[BOS, *tokenizer.encode(prompt).ids] for prompt in self._prompts]
         sampling = Sampling(temperature=self.temperature, seed=self.seed)
         continuations = generate(model, prompts, self.new_tokens, sampling, stop_tokens=[EOS])
@@ -217,6 +234,10 @@ def prepare_output(directory: Path, settings: dict[str, Any]) -> None:
 
 def save(state: TrainState, tokenizer: Tokenizer, directory: Path) -> None:
     """Writes the training state, and the model as a Hugging Face checkpoint with its tokenizer."""
+    from zamba2_jax.checkpoint.hf import save_hf
+    from zamba2_jax.checkpoint.store import save_state
+    from zamba2_jax.train.tokenizer import save_tokenizer
+
     save_state(directory / "checkpoint", state)
     save_hf(state.model, directory / "hf")
     save_tokenizer(tokenizer, directory / "hf")
@@ -226,6 +247,8 @@ def summarize(
     records: Sequence[Record], corpus: TokenizedCorpus, directory: Path, console: Console, *, seconds: float
 ) -> None:
     """Prints what came of the run, and writes it to summary.json."""
+    from zamba2_jax.train.metrics import EvalRecord, TrainRecord, bits_per_byte
+
     losses = {record.phase: record.loss for record in records if isinstance(record, EvalRecord)}
     train_records = [record for record in records if isinstance(record, TrainRecord)]
     trained, training = (sum(getattr(record, name) for record in train_records) for name in ("tokens", "seconds"))

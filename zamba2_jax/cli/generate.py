@@ -1,31 +1,23 @@
 """`zamba2 generate`: prompts in, continuations out."""
 
+from __future__ import annotations
+
 import dataclasses
 import sys
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from zamba2_jax.cli.options import Checkpoint, ModelOptions
 from zamba2_jax.cli.several import Several, values
-from zamba2_jax.generate import Request, Token
-from zamba2_jax.generate.batch import (
-    Job,
-    find_results,
-    make_engine,
-    make_job,
-    open_results,
-    read_jobs,
-    result,
-    run_jobs,
-    write_result,
-)
-from zamba2_jax.generate.tokenizer import CheckpointTokenizer
+
+if TYPE_CHECKING:
+    from zamba2_jax.generate.batch import Job
+    from zamba2_jax.generate.tokenizer import CheckpointTokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,6 +95,9 @@ class Generate(ModelOptions):
             return None
 
     def _jobs(self, checkpoint: Checkpoint, tokenizer: CheckpointTokenizer | None) -> list[Job]:
+        from zamba2_jax.generate.batch import make_job, read_jobs
+        from zamba2_jax.generate.engine import Request
+
         ends = () if self.ignore_eos else checkpoint.stop_tokens(tokenizer)
         defaults = Request((), self.max_new_tokens, self.sampling(), ends, values(self.stop))
         vocab_size = checkpoint.config.vocab_size
@@ -121,6 +116,9 @@ class Generate(ModelOptions):
 
     def _print(self, checkpoint: Checkpoint, jobs: list[Job], tokenizer: CheckpointTokenizer | None) -> None:
         """Prints each prompt with its continuation, in the order of the prompts."""
+        from zamba2_jax.generate.batch import make_engine, run_jobs
+        from zamba2_jax.generate.engine import Token
+
         bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
 
         def show(text: str) -> None:
@@ -142,6 +140,10 @@ class Generate(ModelOptions):
 
     def _write(self, checkpoint: Checkpoint, jobs: list[Job], tokenizer: CheckpointTokenizer | None) -> int:
         """Writes results as they are done."""
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+        from zamba2_jax.generate.batch import find_results, make_engine, open_results, result, run_jobs, write_result
+
         finished = set() if self.output is None else find_results(self.output, jobs, resume=self.resume)
         left = [job for job in jobs if job.id not in finished]
         console = Console(stderr=True)

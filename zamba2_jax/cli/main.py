@@ -75,3 +75,7 @@ def _constructor(entry: Entry, *, chosen: bool) -> Callable[..., Command]:
     if chosen:
         return getattr(importlib.import_module(entry.module), entry.name)
     return dataclasses.make_dataclass(entry.name, [], namespace={"__doc__": entry.summary})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,18 +1,20 @@
 """What `zamba2 generate` and `zamba2 chat` share: which model, and how its tokens are chosen."""
 
+from __future__ import annotations
+
 import dataclasses
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import jax
 import tyro
 
-from zamba2_jax.checkpoint.hf import find_entries, load_hf, local_directory
 from zamba2_jax.config import Zamba2Config
-from zamba2_jax.generate.sampling import Sampling
-from zamba2_jax.generate.tokenizer import CheckpointTokenizer, load_tokenizer, stop_tokens
-from zamba2_jax.model.zamba2 import Zamba2
+
+if TYPE_CHECKING:
+    from zamba2_jax.generate.sampling import Sampling
+    from zamba2_jax.generate.tokenizer import CheckpointTokenizer
+    from zamba2_jax.model.zamba2 import Zamba2
 
 Dtype = Literal["auto", "stored", "float32", "bfloat16"]
 
@@ -46,15 +48,19 @@ class ModelOptions:
         Raises:
             ValueError: a value is out of its range.
         """
+        from zamba2_jax.generate.sampling import Sampling
+
         return Sampling(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Sampling)})
 
-    def open(self) -> "Checkpoint":
+    def open(self) -> Checkpoint:
         """All of the checkpoint but its weights, which are only looked for.
 
         Raises:
             FileNotFoundError: there is no such checkpoint, or it lacks a file.
             ValueError: a file of it, or `capacity`, is not valid.
         """
+        from zamba2_jax.checkpoint.hf import find_entries, local_directory
+
         if self.capacity is not None and self.capacity < 1:
             raise ValueError(f"--capacity {self.capacity}: expected at least 1")
         directory = local_directory(self.model)
@@ -73,14 +79,22 @@ class Checkpoint:
 
     def tokenizer(self) -> CheckpointTokenizer:
         """Its tokenizer; raises as `load_tokenizer`."""
+        from zamba2_jax.generate.tokenizer import load_tokenizer
+
         return load_tokenizer(self.directory, self.config)
 
     def stop_tokens(self, tokenizer: CheckpointTokenizer | None) -> tuple[int, ...]:
         """The ids that end a text."""
+        from zamba2_jax.generate.tokenizer import stop_tokens
+
         return stop_tokens(self.directory, self.config, tokenizer)
 
     def load(self) -> Zamba2:
         """The model; raises as `load_hf`. What is compiled from here on is kept for the next time."""
+        import jax
+
+        from zamba2_jax.checkpoint.hf import load_hf
+
         keep_compiled_programs()
         on_cpu = jax.default_backend() == "cpu"
         dtype = ("float32" if on_cpu else "stored") if self.dtype == "auto" else self.dtype
@@ -89,6 +103,8 @@ class Checkpoint:
 
 def keep_compiled_programs() -> None:
     """Has JAX keep compiled programs: where JAX_COMPILATION_CACHE_DIR says, or in the user's cache directory."""
+    import jax
+
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(caches / "zamba2-jax" / "compiled"))

@@ -5,12 +5,13 @@ Only the way is another: parameters stay where `Zamba2` has them, and values are
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from zamba2_jax.choices import Remat
 from zamba2_jax.config import HybridPlan, Zamba2Config
 from zamba2_jax.model.divided import embed
 from zamba2_jax.model.mamba import MambaLayer
@@ -21,10 +22,6 @@ from zamba2_jax.ops.norm import rms_norm
 from zamba2_jax.ops.ssd import Implementation
 from zamba2_jax.sharding import constrain, gather_parameters
 from zamba2_jax.typing import Array, DTypeLike, Float, Int, cast_matrices
-
-Remat = Literal["none", "layer", "matmuls"]
-"""What the forward pass keeps for the backward one: all; the input of each layer; the results of its matrix products,
-or sums of these, too, all else being recomputed."""
 
 SUMS = ("attention.q", "attention.k", "attention.v", "mlp.gate", "mlp.up")
 """Taps of a shared block at sums of matrix products: "matmuls" keeps these, and so not their terms."""
