@@ -5,10 +5,14 @@ export JAX_PLATFORMS ?= cpu
 # Large pages: XLA takes fresh memory at every call, and the faults of small ones are a third of a step.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo test test-full lint clean clean-cache
+.PHONY: demo check test test-full lint clean clean-cache
 
 demo: .venv/base
 	$(BIN)/zamba2 demo
+
+# What a change is checked with while it is made: a core of the tests.
+check: lint
+	$(BIN)/pytest -n 2 --dist worksteal @tests/core.txt
 
 test: lint
 	$(BIN)/pytest -n 2 --dist worksteal

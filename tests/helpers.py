@@ -103,14 +103,21 @@ def for_a_gpu(kind="NVIDIA H200"):
 
 
 @contextmanager
-def freshly_compiled():
-    """In it programs are compiled and not loaded, for tests of what the compiler does."""
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # JAX asks once whether there is one
-    jax.clear_caches()
+def compiled_anew(directory):
+    """In it no program is one of an earlier run, for tests of what the compiler makes of it.
+
+    Args:
+        directory: new; where programs are kept meanwhile.
+    """
+    before = jax.config.jax_compilation_cache_dir
     try:
+        _keep_programs_in(directory)
         yield
     finally:
-        jax.config.update("jax_enable_compilation_cache", True)
-        compilation_cache.reset_cache()
-        jax.clear_caches()
+        _keep_programs_in(before)
+
+
+def _keep_programs_in(directory):
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    compilation_cache.reset_cache()  # it asks for the directory once
+    jax.clear_caches()

@@ -18,29 +18,44 @@ from zamba2_jax.parity.streaming import check_streaming
 SMALL = dataclasses.replace(VARIANTS["7b-miniature"].config, num_layers=2, hybrid_layer_ids=(0, 1))
 
 
-QUICK = ("linear-biases", "left-padding")
-"""Variants that between them have every kind of parameter and of input."""
+EVERYTHING = dataclasses.replace(
+    VARIANTS["left-padding"],
+    config=dataclasses.replace(
+        VARIANTS["linear-biases"].config, num_layers=3, hybrid_layer_ids=(1, 2), tie_embeddings=False
+    ),
+)
+"""Every kind of parameter and of input: plain and hybrid layers, two blocks, adapters, biases, a head, padding."""
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in VARIANTS]
+    "case",
+    [
+        pytest.param(EVERYTHING, id="everything"),
+        *(pytest.param(case, id=name, marks=pytest.mark.slow) for name, case in VARIANTS.items()),
+    ],
 )
-def test_variant_is_within_the_limits_in_float32(name):
-    report = check(VARIANTS[name], new_tokens=12)
+def test_variant_is_within_the_limits_in_float32(case):
+    report = check(case, new_tokens=12)
     assert report.failures == ()
     assert {row.group for row in report.rows} == set(GROUPS)
-    config = VARIANTS[name].config
+    config = case.config
     assert sum(row.group == "layer" for row in report.rows) == config.num_layers
     assert sum(row.group == "ssm_state" for row in report.rows) == config.num_layers
 
 
-@pytest.mark.parametrize("name", ["1.2b-miniature", pytest.param("7b-miniature", marks=pytest.mark.slow)])
-def test_variant_is_within_the_limits_in_bfloat16(name):
-    assert check(VARIANTS[name], dtype="bfloat16", new_tokens=2).failures == ()
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(Case("small", SMALL, seq=9), id="small"),
+        *(pytest.param(VARIANTS[name], id=name, marks=pytest.mark.slow) for name in ("1.2b-miniature", "7b-miniature")),
+    ],
+)
+def test_variant_is_within_the_limits_in_bfloat16(case):
+    assert check(case, dtype="bfloat16", new_tokens=2).failures == ()
 
 
 def test_streaming_agrees_with_the_whole_model(tmp_path):
-    case = Case("streamed", SMALL, seq=21)
+    case = Case("streamed", SMALL, seq=9)
     save_hf(random_model(SMALL, seed=0), tmp_path / "model")
     whole = {row.name: row for row in check(case, new_tokens=2).rows}
     for directory in (None, tmp_path / "model"):
