@@ -167,8 +167,8 @@ def train_step(
     Args:
         state: where the run stands.
         batch: rows of packed documents.
-        optimizer: for a learning rate of 1; see `AdamW.transformation`. What it does is elementwise but for sums over
-            all parameters: on a TPU it is given `Stacks`.
+        optimizer: for a learning rate of 1; see `Optimizer.transformation`. It is told the step, as the argument `step`
+            of its update, and on a TPU given `Stacks`: what is not elementwise has to heed their first axes.
         schedule: the learning rate of a step, counted from 0.
         config: how it is computed.
 
@@ -176,11 +176,13 @@ def train_step(
         ValueError: `config.microbatches` does not divide the rows of the batch, or the mesh does not divide a part.
     """
     loss, gradient = loss_and_gradient(state.model, batch, config)
-    grad_norm, rate = optax.tree.norm(gradient), jnp.asarray(schedule(state.step))
+    taken = state.step
+    grad_norm, rate = optax.tree.norm(gradient), jnp.asarray(schedule(taken))
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
     def advance(gradient: Any, before: tuple[Any, optax.OptState]) -> tuple[Any, optax.OptState]:
-        update, opt_state = optimizer.update(gradient, before[1], before[0])
+        told = optax.with_extra_args_support(optimizer)
+        update, opt_state = told.update(gradient, before[1], before[0], step=taken)
         model = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), before[0], update)
         return jax.tree.map(lambda new, old: jnp.where(finite, new, old), (model, opt_state), before)
 
@@ -300,17 +302,9 @@ class BatchEvaluation:
 @partial(jax.jit, static_argnames="config")
 def eval_step(model: Zamba2, batch: Batch, config: StepConfig = DEFAULT) -> BatchEvaluation:
     """The loss of a batch, and what of it the model predicts."""
-    batch, weight = jax.tree.map(jnp.asarray, batch), _total_weight(model, batch)
-    loss, hits = prediction_share(
-        _hidden_states(model, batch, config),
-        model.output_matrix,
-        batch.tokens,
-        batch.segment_ids,
-        batch.weights,
-        count=weight,
-        chunk_size=config.loss_chunk,
-    )
-    targets = target_weights(batch.tokens, batch.segment_ids, batch.weights) > 0
+    h, weight = _hidden_states(model, batch, config), _total_weight(model, batch)
+    loss, hits = prediction_share(h, model.output_matrix, *_arrays(batch), count=weight, chunk_size=config.loss_chunk)
+    targets = target_weights(*_arrays(batch)) > 0
     return BatchEvaluation(loss=loss, weight=weight, hits=hits, targets=targets.sum())
 
 
@@ -334,27 +328,19 @@ def evaluate(model: Zamba2, batches: Iterable[Batch], config: StepConfig = DEFAU
 
 def _loss_share(model: Zamba2, batch: Batch, count: Array, config: StepConfig) -> tuple[Array, Array]:
     """What a batch adds to the mean over weights of `count`, with and without the z-loss."""
-    batch = jax.tree.map(jnp.asarray, batch)
-    return loss_share(
-        _hidden_states(model, batch, config),
-        model.output_matrix,
-        batch.tokens,
-        batch.segment_ids,
-        batch.weights,
-        count=count,
-        z_loss=config.z_loss,
-        chunk_size=config.loss_chunk,
-    )
+    h, w, size = _hidden_states(model, batch, config), model.output_matrix, config.loss_chunk
+    return loss_share(h, w, *_arrays(batch), count=count, z_loss=config.z_loss, chunk_size=size)
 
 
 def _hidden_states(model: Zamba2, batch: Batch, config: StepConfig) -> Array:
     scan = config.scan_layers
     if scan is None:
         scan = model.config.num_layers >= SCANNED_FROM and platform() != "gpu"
+    tokens, segment_ids, _ = _arrays(batch)
     return hidden_states(
         model,
-        batch.tokens,
-        batch.segment_ids,
+        tokens,
+        segment_ids,
         remat=config.remat,
         scan=scan,
         dtype=config.compute_dtype,
@@ -370,8 +356,13 @@ def _return_freed_memory() -> None:
 
 def _total_weight(model: Zamba2, batch: Batch) -> Array:
     """Of the tokens predicted; their number where the batch has no weights."""
-    batch = jax.tree.map(jnp.asarray, batch)
-    return target_weights(batch.tokens, batch.segment_ids, batch.weights, at_least_fp32(model.dtype)).sum()
+    return target_weights(*_arrays(batch), at_least_fp32(model.dtype)).sum()
+
+
+def _arrays(batch: Batch) -> tuple[Array, Array, Array | None]:
+    """Tokens, segment ids and weights for JAX."""
+    weights = None if batch.weights is None else jnp.asarray(batch.weights)
+    return jnp.asarray(batch.tokens), jnp.asarray(batch.segment_ids), weights
 
 
 def _split(batch: Batch, parts: int) -> Batch:
