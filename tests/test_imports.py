@@ -11,7 +11,7 @@ import pytest
 import zamba2_jax
 
 PACKAGE = pathlib.Path(zamba2_jax.__file__).parent
-ORDER = "config typing ops sharding model checkpoint generate train plan parity cli".split()
+ORDER = "config typing ops sharding model checkpoint generate train evaluate plan parity cli".split()
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
