@@ -76,7 +76,7 @@ def zeroed(model, *endings):
 
 
 def test_nothing_silenced_is_the_model(model, batches, found):
-    assert found.loss == pytest.approx(evaluate(model, batches), rel=1e-6)
+    assert found.loss == pytest.approx(evaluate(model, batches).loss, rel=1e-6)
     plain = scored_all(lambda batch: forward(model, batch.tokens, batch.segment_ids), batches)
     assert found.accuracy == pytest.approx(plain[1].sum() / plain[2].sum(), rel=1e-6)
     assert (found.tokens, found.rows) == (6 + 4 + 5 + 11 + 2 + 8 + 11, 5)
@@ -159,6 +159,26 @@ def test_the_error_is_that_of_a_mean_over_rows(model, batches, found):
     assert part.is_significant == (abs(rises.mean()) > 2 * part.error)
     one = Batch(tokens=batch.tokens[:1], segment_ids=batch.segment_ids[:1])
     assert math.isnan(necessity(model, [one], select=["plain.layer"])["plain.layer"].error)
+
+
+def test_tokens_count_by_their_weights(model, batches):
+    batch = Batch(
+        tokens=batches[0].tokens,
+        segment_ids=np.ones((3, 12), np.int32),
+        weights=np.random.default_rng(0).choice([0, 0.5, 1], (3, 12)).astype(np.float32),
+    )
+    found = necessity(model, [batch], select=["layers.1.layer"])
+    weights = batch.weights[:, 1:]
+    for of, found_loss, found_accuracy in (
+        (model, found.loss, found.accuracy),
+        (zeroed(model, "layers.1.mamba.out"), found["layers.1.layer"].loss, found["layers.1.layer"].accuracy),
+    ):
+        log_p = jax.nn.log_softmax(forward(of, batch.tokens, batch.segment_ids)[:, :-1])
+        nll = -np.take_along_axis(np.asarray(log_p), batch.tokens[:, 1:, None], axis=-1)[..., 0]
+        right = np.asarray(log_p.argmax(axis=-1)) == batch.tokens[:, 1:]
+        assert found_loss == pytest.approx((nll * weights).sum() / weights.sum(), rel=1e-5)
+        assert found_accuracy == pytest.approx((right * weights).sum() / weights.sum(), rel=1e-5)
+    assert found.tokens == (weights != 0).sum()
 
 
 def test_what_is_shown(found, tmp_path):

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from zamba2_jax.config import Zamba2Config
 from zamba2_jax.generate.sampling import log_probability
-from zamba2_jax.model.loss import predicted
+from zamba2_jax.model.loss import target_weights
 from zamba2_jax.model.parameter import named_parameters, with_values
 from zamba2_jax.model.zamba2 import Zamba2
 from zamba2_jax.ops.cross_entropy import map_positions
@@ -72,10 +72,10 @@ class Silenced:
 
     Attributes:
         part: what was silenced.
-        loss: mean over the predicted tokens with the part silenced, in nats.
+        loss: mean over the predicted tokens by their weights with the part silenced, in nats.
         increase: that over the loss of the whole model.
         error: standard error of the increase, from how it differs between the rows; NaN for a single row.
-        accuracy: share of the predicted tokens that the model finds likeliest, with the part silenced.
+        accuracy: by their weights, share of those tokens that the model finds likeliest, with the part silenced.
     """
 
     part: Part
@@ -95,8 +95,8 @@ class Necessity:
     """What a model loses with each of its parts, on some text.
 
     Attributes:
-        loss: of the whole model, mean over the predicted tokens, in nats.
-        accuracy: share of the predicted tokens that it finds likeliest.
+        loss: of the whole model, mean over the predicted tokens by their weights, in nats.
+        accuracy: by their weights, share of the predicted tokens that it finds likeliest.
         tokens: that were predicted; those whose weight is 0 are not counted.
         rows: that held any.
         silenced: what was silenced, with what came of it.
@@ -293,6 +293,7 @@ class _Sums(NamedTuple):
 def _silenced_pass(model: Zamba2, batch: Batch, switches: Bool[Array, "kinds layers"]) -> _Sums:
     """A pass with what the switches say silenced; without any it is the model's own."""
     tokens, segment_ids = jnp.asarray(batch.tokens), jnp.asarray(batch.segment_ids)
+    of_token = None if batch.weights is None else jnp.asarray(batch.weights)
     model = _without_adapters(model, switches[KINDS.index("adapters")])
     h = model.hidden_states(tokens, segment_ids, tap=_Silencer(switches, segment_ids != 0))[0]
 
@@ -301,10 +302,7 @@ def _silenced_pass(model: Zamba2, batch: Batch, switches: Bool[Array, "kinds lay
         return -log_probability(logits, targets), jnp.argmax(logits, axis=-1) == targets
 
     nll, right = map_positions(of_positions, h, jnp.roll(tokens, -1, axis=1), POSITIONS)
-    weights = predicted(tokens, segment_ids).astype(nll.dtype)
-    of_token = getattr(batch, "weights", None)
-    if of_token is not None:
-        weights *= jnp.roll(jnp.asarray(of_token), -1, axis=1)
+    weights = target_weights(tokens, segment_ids, of_token, nll.dtype).astype(nll.dtype)
     return _Sums(
         weight=weights.sum(axis=1),
         nll=(weights * nll).sum(axis=1),

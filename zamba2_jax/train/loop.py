@@ -12,8 +12,7 @@ import grain
 import jax
 import jax.numpy as jnp
 
-from zamba2_jax.train.data import Batch, batches
-from zamba2_jax.train.documents import Documents
+from zamba2_jax.train.data import Batch, Source, batches
 from zamba2_jax.train.health import health_record
 from zamba2_jax.train.metrics import EvalRecord, HealthRecord, Report, TrainRecord
 from zamba2_jax.train.schedule import Phase, boundaries
@@ -34,21 +33,31 @@ class Stage(NamedTuple):
 
 def make_stages(
     phases: Sequence[Phase],
-    sources: Mapping[str, Documents],
+    sources: Mapping[str, Source],
     *,
     batch_size: int,
     length: int,
     seed: int,
     share: tuple[int, int] = (0, 1),
+    vocab_size: int | None = None,
 ) -> list[Stage]:
-    """The phases with batches of `batch_size` rows of `length` tokens from the sources' documents.
+    """The phases with batches of `batch_size` rows of `length` tokens from the sources.
 
     Every phase shuffles its sources anew. Of every batch the stages give the part `share`: its index, and of how many.
+    A token outside of a vocabulary of `vocab_size` is an error when its row is made.
 
     Raises:
         ValueError: as `batches`.
     """
-    make = partial(batches, sources, batch_size=batch_size, length=length, host_index=share[0], host_count=share[1])
+    make = partial(
+        batches,
+        sources,
+        batch_size=batch_size,
+        length=length,
+        host_index=share[0],
+        host_count=share[1],
+        vocab_size=vocab_size,
+    )
     return [Stage(phase, make(phase.shares, seed=(seed, number))) for number, phase in enumerate(phases)]
 
 
@@ -262,4 +271,4 @@ def _evaluate(
     config: StepConfig,
 ) -> None:
     for name, rows in held_out.items():
-        report(EvalRecord(phase=phase.name, step=step, held_out=name, loss=evaluate(state.model, rows, config)))
+        report(EvalRecord(phase=phase.name, step=step, held_out=name, **evaluate(state.model, rows, config)._asdict()))

@@ -58,13 +58,15 @@ class EvalRecord:
         phase: name of the phase.
         step: steps taken since the start of the run.
         held_out: which held-out set.
-        loss: mean over it, in nats per token.
+        loss: mean over it by the weights of its tokens, in nats per token.
+        accuracy: of its tokens with a weight above 0, the share that the model finds likeliest.
     """
 
     phase: str
     step: int
     held_out: str
     loss: float
+    accuracy: float
 
     @property
     def perplexity(self) -> float:

@@ -52,7 +52,7 @@ class ProgressView:
         steps = self._steps[record.phase]
         done = record.step - self._ends[record.phase] + steps
         if isinstance(record, EvalRecord):
-            self._held_out = text = f"held-out {record.held_out} {record.loss:.3f}"
+            self._held_out = text = f"held-out {record.held_out} {record.loss:.3f}, accuracy {record.accuracy:.1%}"
             due = True
         elif isinstance(record, HealthRecord):
             self._health, text, due = worst(record), "", False

@@ -114,11 +114,19 @@ def _prepare(config: RunConfig, directory: Path, console: Console) -> _Plan:
 
     sizes = {"batch_size": config.batch_size, "length": config.length}
     stages = make_stages(
-        config.phases, open_all(config.sources), **sizes, seed=config.seed, share=host_share(mesh, **sizes)
+        config.phases,
+        open_all(config.sources),
+        **sizes,
+        seed=config.seed,
+        share=host_share(mesh, **sizes),
+        vocab_size=architecture.vocab_size,
     )
     unseen = {
-        name: [place(batch, mesh, config.batch_size) for batch in held_out(documents, **sizes)]
-        for name, documents in open_all(config.evaluation.sources).items()
+        name: [
+            place(batch, mesh, config.batch_size)
+            for batch in held_out(source, **sizes, name=name, vocab_size=architecture.vocab_size)
+        ]
+        for name, source in open_all(config.evaluation.sources).items()
     }
     if jax.process_index() == 0:
         layout.write_run(config, architecture, tokenizer, directory)

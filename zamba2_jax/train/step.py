@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from zamba2_jax.config import Zamba2Config
 from zamba2_jax.model import Zamba2
-from zamba2_jax.model.loss import loss_share, predicted
+from zamba2_jax.model.loss import loss_share, prediction_share, target_weights
 from zamba2_jax.model.stack import Remat, hidden_states, when
 from zamba2_jax.ops.placement import compiled_apart, platform
 from zamba2_jax.ops.ssd import Implementation
@@ -32,7 +32,7 @@ from zamba2_jax.sharding import (
 from zamba2_jax.train.data import Batch
 from zamba2_jax.train.health import CallSums, Health, call_sums, group_sizes
 from zamba2_jax.train.stacks import Stacking
-from zamba2_jax.typing import Array, Bool, Float, Int
+from zamba2_jax.typing import Array, Bool, Float, Int, at_least_fp32
 
 SCANNED_FROM = 12
 """Layers from which on they run by a scan unless told: below, unrolled layers compile in seconds and run faster.
@@ -113,7 +113,7 @@ class StepMetrics:
     """What one step saw.
 
     Attributes:
-        loss: mean over the predicted tokens, in nats per token, before the update.
+        loss: mean over the predicted tokens by their weights, in nats per token, before the update.
         grad_norm: global norm of the gradient, before clipping.
         learning_rate: of this step.
         tokens: tokens in the batch, without padding.
@@ -151,7 +151,8 @@ def abstract_state(config: Zamba2Config, optimizer: optax.GradientTransformation
 def abstract_batch(batch_size: int, length: int, mesh: Mesh) -> Batch:
     """The same of a batch of `batch_size` rows of `length` tokens."""
     ids = jax.ShapeDtypeStruct((batch_size, length), jnp.int32, sharding=batch_sharding(mesh))
-    return Batch(tokens=cast(np.ndarray, ids), segment_ids=cast(np.ndarray, ids))
+    weights = jax.ShapeDtypeStruct(ids.shape, jnp.float32, sharding=ids.sharding)
+    return Batch(tokens=cast(np.ndarray, ids), segment_ids=cast(np.ndarray, ids), weights=cast(np.ndarray, weights))
 
 
 def train_step(
@@ -252,7 +253,7 @@ def lower_train_step(
 
 
 def loss_and_gradient(model: Zamba2, batch: Batch, config: StepConfig = DEFAULT) -> tuple[Float[Array, ""], Zamba2]:
-    """The mean loss over the predicted tokens, without the z-loss, and the gradient with it.
+    """The mean loss over the predicted tokens by their weights, without the z-loss, and the gradient with it.
 
     Raises:
         ValueError: as `train_step`.
@@ -272,13 +273,13 @@ def _observed_loss_and_gradient(
     def share(model: Zamba2, batch: Batch, given: tuple[Array, Array | None]) -> tuple[Array, Zamba2, CallSums | None]:
         return _loss_and_gradient(model, batch, *given, config)
 
-    return summed_over_rows(share)(model, batch, (_predicted(batch), measured))
+    return summed_over_rows(share)(model, batch, (_total_weight(model, batch), measured))
 
 
 def _loss_and_gradient(
     model: Zamba2, batch: Batch, count: Array, measured: Array | None, config: StepConfig
 ) -> tuple[Array, Zamba2, CallSums | None]:
-    """What a batch adds to the mean over `count` tokens, and the gradient of that with the z-loss."""
+    """What a batch adds to the mean over weights of `count`, the gradient of that with the z-loss, and the calls'."""
 
     def of_part(part: Batch) -> tuple[Array, Zamba2, CallSums | None]:
         (_, (loss, calls)), gradient = jax.value_and_grad(_loss_share, has_aux=True)(
@@ -299,15 +300,54 @@ def _loss_and_gradient(
     return jax.lax.scan(add, constrain_parameters(zeros), jnp.arange(config.microbatches))[0]
 
 
+class Evaluation(NamedTuple):
+    """What a model makes of held-out batches.
+
+    Attributes:
+        loss: mean over the predicted tokens by their weights, in nats per token.
+        accuracy: of the predicted tokens with a weight above 0, the share that the model finds likeliest.
+    """
+
+    loss: float
+    accuracy: float
+
+
+@struct.dataclass
+class BatchEvaluation:
+    """What a model makes of one batch.
+
+    Attributes:
+        loss: mean over the predicted tokens by their weights, in nats per token.
+        weight: the sum of the weights.
+        hits: predicted tokens of a weight above 0 that the model finds likeliest.
+        targets: predicted tokens of a weight above 0.
+    """
+
+    loss: Float[Array, ""]
+    weight: Float[Array, ""]
+    hits: Int[Array, ""]
+    targets: Int[Array, ""]
+
+
 @partial(jax.jit, static_argnames="config")
-def eval_step(model: Zamba2, batch: Batch, config: StepConfig = DEFAULT) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """The mean loss of a batch in nats per token, and the number of tokens predicted."""
-    count = _predicted(batch)
-    return _loss_share(model, batch, count, config)[1][0], count
+def eval_step(model: Zamba2, batch: Batch, config: StepConfig = DEFAULT) -> BatchEvaluation:
+    """The loss of a batch, and what of it the model predicts."""
+    batch, weight = jax.tree.map(jnp.asarray, batch), _total_weight(model, batch)
+    loss, hits = prediction_share(
+        _hidden_states(model, batch, config)[0],
+        model.output_matrix,
+        batch.tokens,
+        batch.segment_ids,
+        batch.weights,
+        count=weight,
+        chunk_size=config.loss_chunk,
+    )
+    targets = target_weights(batch.tokens, batch.segment_ids, batch.weights) > 0
+    return BatchEvaluation(loss=loss, weight=weight, hits=hits, targets=targets.sum())
 
 
-def evaluate(model: Zamba2, batches: Iterable[Batch], config: StepConfig = DEFAULT) -> float:
-    """The mean loss over all tokens predicted in the batches, in nats per token.
+def evaluate(model: Zamba2, batches: Iterable[Batch], config: StepConfig = DEFAULT) -> Evaluation:
+    """The mean loss over all tokens predicted in the batches, and how many of them the model finds likeliest.
 
     Args:
         model: the model.
@@ -318,24 +358,41 @@ def evaluate(model: Zamba2, batches: Iterable[Batch], config: StepConfig = DEFAU
         ValueError: the batches hold nothing to predict.
     """
     results = jax.device_get([eval_step(model, batch, config) for batch in batches])
-    count = sum(int(tokens) for _, tokens in results)
-    if not count:
+    weight, hits, targets = (sum(getattr(of, name).item() for of in results) for name in ("weight", "hits", "targets"))
+    if not weight:
         raise ValueError("the held-out batches hold no token to predict")
-    return sum(float(loss) * int(tokens) for loss, tokens in results) / count
+    return Evaluation(sum(of.loss.item() * of.weight.item() for of in results) / weight, hits / targets)
 
 
 def _loss_share(
-    model: Zamba2, batch: Batch, count: Array, config: StepConfig, measured: Array | None = None
+    model: Zamba2, batch: Batch, count: Array, config: StepConfig, measured: Array | None
 ) -> tuple[Array, tuple[Array, CallSums | None]]:
-    """What a batch adds to the mean over `count` tokens, with the z-loss; without it, and what is measured of calls."""
+    """What a batch adds to the mean over weights of `count`: with the z-loss; without it, and what the calls say."""
+    batch = jax.tree.map(jnp.asarray, batch)
+    h, calls = _hidden_states(model, batch, config, measured)
+    objective, loss = loss_share(
+        h,
+        model.output_matrix,
+        batch.tokens,
+        batch.segment_ids,
+        batch.weights,
+        count=count,
+        z_loss=config.z_loss,
+        chunk_size=config.loss_chunk,
+    )
+    return objective, (loss, calls)
+
+
+def _hidden_states(
+    model: Zamba2, batch: Batch, config: StepConfig, measured: Array | None = None
+) -> tuple[Array, CallSums | None]:
     scan = config.scan_layers
     if scan is None:
         scan = model.config.num_layers >= SCANNED_FROM and platform() != "gpu"
-    tokens, segment_ids = map(jnp.asarray, (batch.tokens, batch.segment_ids))
-    h, calls = hidden_states(
+    return hidden_states(
         model,
-        tokens,
-        segment_ids,
+        batch.tokens,
+        batch.segment_ids,
         remat=config.remat,
         scan=scan,
         dtype=config.compute_dtype,
@@ -343,9 +400,6 @@ def _loss_share(
         observe=None if measured is None else partial(call_sums, scale=model.config.attention_scale),
         observed=False if measured is None else measured,
     )
-    w, size = model.output_matrix, config.loss_chunk
-    objective, loss = loss_share(h, w, tokens, segment_ids, count=count, z_loss=config.z_loss, chunk_size=size)
-    return objective, (loss, calls)
 
 
 def _return_freed_memory() -> None:
@@ -354,8 +408,10 @@ def _return_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _predicted(batch: Batch) -> Int[Array, ""]:
-    return predicted(jnp.asarray(batch.tokens), jnp.asarray(batch.segment_ids)).sum()
+def _total_weight(model: Zamba2, batch: Batch) -> Array:
+    """Of the tokens predicted; their number where the batch has no weights."""
+    batch = jax.tree.map(jnp.asarray, batch)
+    return target_weights(batch.tokens, batch.segment_ids, batch.weights, at_least_fp32(model.dtype)).sum()
 
 
 def _split(batch: Batch, parts: int) -> Batch:
