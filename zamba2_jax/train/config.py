@@ -103,11 +103,14 @@ class LoggingConfig:
     Attributes:
         every: steps to a record, counted within a phase.
         tensorboard: whether to write TensorBoard files beside metrics.jsonl.
+        health_every: steps to a measurement of the run's health, counted from its start; 0 for never. See
+            docs/health.md.
         profile_start: step after which `jax.profiler` starts to look, at least 1, None for never.
         profile_steps: how many steps it looks at.
     """
 
     every: int = 10
+    health_every: int = 20
     tensorboard: bool = True
     profile_start: int | None = None
     profile_steps: int = 3
@@ -170,6 +173,7 @@ class RunConfig:
         }
         for name, value in at_least_one.items():
             _require(value is None or value >= 1, name, value, "at least 1")
+        _require(self.logging.health_every >= 0, "logging.health_every", self.logging.health_every, "at least 0")
         _require(self.length >= 2, "length", self.length, "at least 2")
         parts = self.step.microbatches
         _require(

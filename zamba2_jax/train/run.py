@@ -153,6 +153,7 @@ def _go_on(
         optimizer=optimizer,
         schedule=schedule,
         config=config.step,
+        health_every=config.logging.health_every or None,
     )
     report = _open_reports(plan, taken, console, stack) if jax.process_index() == 0 else _ignore
     profiler = stack.enter_context(_Profiler(config.logging, plan.directory / layout.PROFILE))
@@ -165,6 +166,7 @@ def _go_on(
             log_every=config.logging.every,
             eval_every=config.evaluation.every,
             report=report,
+            health_every=config.logging.health_every or None,
             start=start,
             after_step=_after_step(config, checkpoints, preempted, profiler),
             max_skipped=config.max_skipped,
