@@ -8,9 +8,9 @@ from zamba2_jax import load_hf
 from zamba2_jax.cli import options
 from zamba2_jax.cli.main import main
 from zamba2_jax.evaluate import necessity
+from zamba2_jax.text.vocabulary import encode_documents, load_tokenizer
 from zamba2_jax.train.data import held_out
 from zamba2_jax.train.documents import in_memory
-from zamba2_jax.train.tokenizer import encode_documents, load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken
 
+from zamba2_jax.text.vocabulary import BOS, EOS, train_tokenizer
 from zamba2_jax.train.data import batches, held_out
 from zamba2_jax.train.documents import in_memory
 from zamba2_jax.train.synthetic import (
@@ -16,7 +17,6 @@ from zamba2_jax.train.synthetic import (
     open_source,
     open_synthetic,
 )
-from zamba2_jax.train.tokenizer import BOS, EOS, train_tokenizer
 
 LENGTH, VOCABULARY = 160, 330
 TASKS = [

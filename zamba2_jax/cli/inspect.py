@@ -13,12 +13,12 @@ from zamba2_jax.cli.output import check_json_option, table_console
 from zamba2_jax.cli.several import Several, values
 from zamba2_jax.config import Zamba2Config
 from zamba2_jax.evaluate import necessity
+from zamba2_jax.files import write_json
+from zamba2_jax.text.vocabulary import parse_tokenizer
 from zamba2_jax.train.data import Batch, held_out
 from zamba2_jax.train.documents import Documents, in_memory
-from zamba2_jax.train.files import write_json
 from zamba2_jax.train.sources import EMBEDDED, SourceConfig, open_documents, sources_at
 from zamba2_jax.train.token_files import MANIFEST
-from zamba2_jax.train.tokenizer import parse_tokenizer
 
 HELD_OUT = "embedded"
 

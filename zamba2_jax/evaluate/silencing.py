@@ -22,13 +22,13 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from zamba2_jax.config import Zamba2Config
+from zamba2_jax.files import write_atomically
 from zamba2_jax.generate.sampling import log_probability
 from zamba2_jax.model.loss import target_weights
 from zamba2_jax.model.parameter import named_parameters, with_values
 from zamba2_jax.model.zamba2 import Zamba2
 from zamba2_jax.ops.cross_entropy import map_positions
 from zamba2_jax.train.data import Batch
-from zamba2_jax.train.files import write_atomically
 from zamba2_jax.typing import Array, Bool, Float, Int, at_least_fp32
 
 Kind = Literal["attention", "adapters", "mlp", "shared", "mixer", "layer"]

@@ -14,8 +14,8 @@ import jax
 import numpy as np
 from flax import struct
 
+from zamba2_jax.text.vocabulary import PAD
 from zamba2_jax.train.documents import Documents
-from zamba2_jax.train.tokenizer import PAD
 
 WINDOW = 4096
 """Documents that are shuffled together: what is computed and looked up for a row, however large its source is."""

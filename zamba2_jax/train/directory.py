@@ -11,11 +11,11 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from zamba2_jax.config import Zamba2Config
+from zamba2_jax.files import write_directory_atomically, write_json
+from zamba2_jax.text.vocabulary import copy_tokenizer, load_tokenizer, save_tokenizer
 from zamba2_jax.train.config import EMBEDDED_TOKENIZER, RunConfig, differences, from_table
 from zamba2_jax.train.corpus import embedded_tokenizer
-from zamba2_jax.train.files import write_directory_atomically, write_json
 from zamba2_jax.train.sources import SourceConfig
-from zamba2_jax.train.tokenizer import copy_tokenizer, load_tokenizer, save_tokenizer
 
 CONFIG = "config.json"  # the RunConfig with all its defaults; written last, so that it says that a run is here
 ARCHITECTURE = "architecture.json"  # the Zamba2Config

@@ -15,9 +15,9 @@ import grain
 import numpy as np
 from tokenizers import Tokenizer
 
+from zamba2_jax.text.vocabulary import BOS, EOS, PAD
 from zamba2_jax.train.data import Batch, Source
 from zamba2_jax.train.sources import SourceConfig, open_documents
-from zamba2_jax.train.tokenizer import BOS, EOS, PAD
 
 HELD_OUT = (0x68656C64,) * 5
 """In place of the seeds of a stream, for the rows that are held out; streams have three numbers."""
