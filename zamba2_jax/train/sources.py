@@ -10,16 +10,21 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from zamba2_jax.text.vocabulary import encode_documents
-from zamba2_jax.train.corpus import code, held_out_prose, training_prose
+from zamba2_jax.train.corpus import code, held_out_code, held_out_prose, training_prose
 from zamba2_jax.train.documents import Documents, in_memory
 from zamba2_jax.train.token_files import open_token_files
 
-Kind = Literal["text", "jsonl", "parquet", "tokens", "prose", "held_out_prose", "code"]
+Kind = Literal["text", "jsonl", "parquet", "tokens", "prose", "held_out_prose", "code", "held_out_code"]
 
 SUFFIXES = {".txt": "text", ".md": "text", ".jsonl": "jsonl", ".parquet": "parquet"}
 """How a file of texts is told from its name."""
 
-EMBEDDED = {"prose": training_prose, "held_out_prose": held_out_prose, "code": code}
+EMBEDDED = {
+    "prose": training_prose,
+    "held_out_prose": held_out_prose,
+    "code": code,
+    "held_out_code": held_out_code,
+}
 
 MAX_IN_MEMORY = 256 * 2**20
 """Bytes of files that are tokenised when they are opened; more take `zamba2 tokenize`."""
@@ -37,8 +42,8 @@ class SourceConfig:
 
     Attributes:
         kind: "text": each file, in UTF-8, is a document. "jsonl": each line is an object with a text. "parquet": each
-            row has a text. "tokens": what `zamba2 tokenize` wrote. "prose", "code": the embedded corpus, of the prose
-            what is not in "held_out_prose", a tenth of it.
+            row has a text. "tokens": what `zamba2 tokenize` wrote. "prose", "code": the embedded corpus, without
+            what is in "held_out_prose" and "held_out_code".
         path: a file, or a directory of which all files of the kind are read, by their `SUFFIXES`, sorted by name; for
             "tokens" the directory; None for the embedded corpus.
         field: that holds the text, in "jsonl" and "parquet".

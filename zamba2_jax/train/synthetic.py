@@ -8,7 +8,7 @@ that what is learnt in training is asked for in evaluation.
 
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import grain
@@ -21,6 +21,10 @@ from zamba2_jax.train.sources import SourceConfig, open_documents
 
 HELD_OUT = (0x68656C64,) * 5
 """In place of the seeds of a stream, for the rows that are held out; streams have three numbers."""
+
+
+MISSES = 8
+"""Examples that find no room in a row until the row is done."""
 
 
 class Example(NamedTuple):
@@ -93,16 +97,20 @@ class Copying(Task):
     Attributes:
         symbols: of which the string is made.
         lengths: of the string, from and to.
+        distinct: whether no symbol stands twice in a string, so that the one before it says what comes next.
     """
 
     kind: Literal["copying"] = "copying"
     symbols: int = 64
     lengths: tuple[int, int] = (8, 24)
+    distinct: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require("symbols", self.symbols >= 2, "at least 2")
         self._require_range("lengths")
+        enough = not self.distinct or self.symbols >= self.lengths[1]
+        self._require("symbols", enough, f"at least the longest string, {self.lengths[1]}, if they are distinct")
 
     @property
     def _id_count(self) -> int:
@@ -112,7 +120,8 @@ class Copying(Task):
         return 2 * self.lengths[1] + 1
 
     def _example(self, random: np.random.Generator, ids: Ids) -> Example:
-        string = random.choice(ids.symbols[1:], _between(random, self.lengths))
+        length = _between(random, self.lengths)
+        string = random.choice(ids.symbols[1:], length, replace=not self.distinct)
         return _joined((string, 0), (ids.symbols[:1], 0), (string, 1))
 
 
@@ -330,16 +339,25 @@ class SyntheticRows(grain.MapDataset[Batch]):
         random = np.random.default_rng((*self._entropy, index))
         tokens, segment_ids = np.full(self._length, PAD, np.int32), np.zeros(self._length, np.int32)
         weights = np.zeros(self._length, np.float32)
-        begin = number = 0
-        while True:
-            example = self._task._example(random, self._ids)
+        begin = 0
+        for number, example in enumerate(self._examples(random), 1):
             end = begin + len(example.tokens) + 2
-            if end > self._length:
-                return Batch(tokens=tokens, segment_ids=segment_ids, weights=weights)
-            number += 1
             tokens[begin:end] = [BOS, *example.tokens, EOS]
             segment_ids[begin:end], weights[begin + 1 : end - 1] = number, example.weights
             begin = end
+        return Batch(tokens=tokens, segment_ids=segment_ids, weights=weights)
+
+    def _examples(self, random: np.random.Generator) -> Iterator[Example]:
+        """Those of a row: what finds no room is drawn again, a few times, so that short ones fill it up."""
+        room, misses = self._length, 0
+        while misses < MISSES:
+            example = self._task._example(random, self._ids)
+            size = len(example.tokens) + 2
+            if size > room:
+                misses += 1
+                continue
+            room -= size
+            yield example
 
 
 @dataclasses.dataclass(frozen=True)
@@ -416,7 +434,9 @@ def open_source(config: AnySource, tokenizer: Tokenizer | None, *, vocab_size: i
 
 
 def _between(random: np.random.Generator, ends: tuple[int, int]) -> int:
-    return int(random.integers(ends[0], ends[1] + 1))
+    """An integer, both ends included, its logarithm about uniform: a task is learnt from its short examples."""
+    low, high = np.log(np.add(ends, (1, 2)))
+    return min(int(np.exp(random.uniform(low, high))) - 1, ends[1])
 
 
 def _joined(*parts: tuple[np.ndarray, int]) -> Example:
