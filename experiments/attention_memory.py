@@ -26,8 +26,8 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from zamba2_jax import Zamba2Config
+from zamba2_jax.files import write_json
 from zamba2_jax.ops import causal_attention
-from zamba2_jax.train.files import write_json
 
 RESULTS = Path(__file__).with_suffix(".json")
 MODELS = ("zamba2-1.2b", "zamba2-2.7b", "zamba2-7b")

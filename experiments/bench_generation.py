@@ -29,8 +29,8 @@ from flax import nnx
 from generation_gpu import weight_bytes
 
 from zamba2_jax import Zamba2, Zamba2Config, decode_step, generate, prefill
+from zamba2_jax.files import write_json
 from zamba2_jax.parity.ours import random_model
-from zamba2_jax.train.files import write_json
 
 RESULTS = Path(__file__).with_suffix(".json")
 PRESET = "zamba2-1.2b"

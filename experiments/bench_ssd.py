@@ -31,8 +31,8 @@ import ssd_tpu_traffic
 import torch
 from transformers.models.zamba2.modeling_zamba2 import mamba2_chunk_scan
 
+from zamba2_jax.files import write_json
 from zamba2_jax.ops import ssd, ssd_sequential
-from zamba2_jax.train.files import write_json
 
 RESULTS = Path(__file__).with_suffix(".json")
 SHAPES = {

@@ -31,10 +31,10 @@ from contender import Answer, Contender
 from flax import nnx
 
 from zamba2_jax import Zamba2, Zamba2Config, load_hf, save_hf
+from zamba2_jax.files import write_json
 from zamba2_jax.sharding import make_mesh
 from zamba2_jax.train.corpus import tokenize_embedded_corpus
 from zamba2_jax.train.data import Batch
-from zamba2_jax.train.files import write_json
 from zamba2_jax.train.flops import forward_flops
 from zamba2_jax.train.hosts import place
 from zamba2_jax.train.optimizer import AdamW

@@ -19,15 +19,15 @@ import jax
 from flax import nnx
 
 from zamba2_jax import Zamba2, Zamba2Config
+from zamba2_jax.files import write_json
+from zamba2_jax.text.vocabulary import save_tokenizer
 from zamba2_jax.train.corpus import code, tokenize_embedded_corpus
 from zamba2_jax.train.data import Batch, batches
 from zamba2_jax.train.documents import Documents
-from zamba2_jax.train.files import write_json
 from zamba2_jax.train.optimizer import AdamW
 from zamba2_jax.train.sources import SourceConfig, open_documents, size_of
 from zamba2_jax.train.step import compile_train_step, init_state
 from zamba2_jax.train.tokenize import tokenize
-from zamba2_jax.train.tokenizer import save_tokenizer
 
 RESULTS = Path(__file__).with_suffix(".json")
 SHAPES = {"4 x 128": (4, 128), "64 x 4096": (64, 4096)}

@@ -23,8 +23,8 @@ from bench_model import seconds
 from flax import nnx
 
 from zamba2_jax import Zamba2, Zamba2Config, cache_bytes
+from zamba2_jax.files import write_json
 from zamba2_jax.generate import Engine, Request
-from zamba2_jax.train.files import write_json
 
 RESULTS = Path(__file__).with_suffix(".json")
 PROMPTS = (128, 512, 4096)

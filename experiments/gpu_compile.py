@@ -38,9 +38,9 @@ from jax.experimental import topologies
 from ssd_tpu_traffic import gradient, logical_bytes
 
 from zamba2_jax import Zamba2Config
+from zamba2_jax.files import write_json
 from zamba2_jax.ops import causal_attention, ssd, ssd_step
 from zamba2_jax.plan.hlo import traffic
-from zamba2_jax.train.files import write_json
 
 RESULTS = Path(__file__).with_suffix(".json")
 TARGET = """

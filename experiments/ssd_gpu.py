@@ -32,10 +32,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from zamba2_jax import Zamba2Config
+from zamba2_jax.files import write_json
 from zamba2_jax.ops import ssd
 from zamba2_jax.ops.decay import log_decays
 from zamba2_jax.ops.ssd_pallas_gpu import Tuning, ssd_pallas_gpu
-from zamba2_jax.train.files import write_json
 
 OUTPUT = Path(__file__).with_suffix(".json")
 ROUNDS, CALLS = 3, 5

@@ -36,10 +36,10 @@ from jax.extend.core import jaxpr_as_fun, jaxprs_in_params
 from jax.sharding import SingleDeviceSharding
 
 from zamba2_jax import Zamba2Config
+from zamba2_jax.files import write_json
 from zamba2_jax.ops import ssd
 from zamba2_jax.ops.ssd_pallas_tpu import ssd_pallas_tpu
 from zamba2_jax.plan.hlo import traffic
-from zamba2_jax.train.files import write_json
 
 RESULTS = Path(__file__).with_suffix(".json")
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from zamba2_jax.generate.engine import Completion, Engine, Request, Token
     from zamba2_jax.generate.sampling import Sampling
     from zamba2_jax.generate.score import score
-    from zamba2_jax.generate.tokenizer import load_tokenizer
     from zamba2_jax.model import Cache, Zamba2, cache_bytes, capture, fork, init_cache, next_token_loss, tap_names
+    from zamba2_jax.text.tokenizer import load_tokenizer
 
 __all__ = [
     "Cache",

@@ -12,7 +12,7 @@ from tests.generate.checkpoints import CONFIG, write_checkpoint
 from zamba2_jax.checkpoint import hf
 from zamba2_jax.cli.chat import HELP
 from zamba2_jax.cli.main import main
-from zamba2_jax.generate.tokenizer import load_tokenizer
+from zamba2_jax.text.tokenizer import load_tokenizer
 
 pty = pytest.importorskip("pty", reason="needs the terminals of Unix")
 

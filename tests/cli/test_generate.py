@@ -15,7 +15,7 @@ from zamba2_jax import generate, load_hf
 from zamba2_jax.checkpoint import hf
 from zamba2_jax.cli import options
 from zamba2_jax.cli.main import main
-from zamba2_jax.generate.tokenizer import load_tokenizer
+from zamba2_jax.text.tokenizer import load_tokenizer
 
 PROMPTS = ["the cat", "on the mat"]
 

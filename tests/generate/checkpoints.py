@@ -5,7 +5,7 @@ import json
 
 from tests.helpers import SMALL, random_model
 from zamba2_jax import save_hf
-from zamba2_jax.train.tokenizer import save_tokenizer, train_tokenizer
+from zamba2_jax.text.vocabulary import save_tokenizer, train_tokenizer
 
 TEXT = "the cat and the hat and the bat and the rat in the flat sat on the mat on which the dog had sat "
 CONFIG = dataclasses.replace(SMALL, vocab_size=290, tie_embeddings=False)

@@ -7,7 +7,7 @@ import pytest
 from tests.generate.checkpoints import CONFIG, write_checkpoint
 from zamba2_jax import Request, Sampling, generate, load_hf
 from zamba2_jax.generate.batch import find_results, make_engine, open_results, read_jobs, result, run_jobs, write_result
-from zamba2_jax.generate.tokenizer import load_tokenizer
+from zamba2_jax.text.tokenizer import load_tokenizer
 
 DEFAULTS = Request((), 6, Sampling(seed=3), (2,))
 LINES = (

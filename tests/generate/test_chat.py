@@ -6,7 +6,7 @@ import pytest
 from tests.generate.checkpoints import CONFIG, TEMPLATE, write_checkpoint
 from zamba2_jax import Engine, Request, Sampling, load_hf
 from zamba2_jax.generate.chat import Conversation
-from zamba2_jax.generate.tokenizer import load_tokenizer
+from zamba2_jax.text.tokenizer import load_tokenizer
 
 CAPACITY = 192
 HOW = Sampling(temperature=1.0, seed=5)

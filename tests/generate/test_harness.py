@@ -9,7 +9,7 @@ import pytest
 
 from tests.generate.checkpoints import CONFIG, TEXT, write_checkpoint
 from zamba2_jax import load_hf
-from zamba2_jax.generate.tokenizer import load_tokenizer
+from zamba2_jax.text.tokenizer import load_tokenizer
 
 if importlib.util.find_spec("lm_eval") is None:
     pytest.skip("needs the extra eval, which is not installed", allow_module_level=True)

@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 
+from zamba2_jax.text.vocabulary import save_tokenizer, train_tokenizer
 from zamba2_jax.train.config import RunConfig, from_table
-from zamba2_jax.train.tokenizer import save_tokenizer, train_tokenizer
 
 # One hybrid layer; what eight devices divide along any one axis.
 ARCHITECTURE = {

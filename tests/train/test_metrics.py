@@ -16,7 +16,7 @@ def test_lines_are_valid_json(tmp_path):
     with JsonLines(path) as write:
         write(train_record())
         write(train_record(loss=math.nan, grad_norm=math.inf))
-        write(EvalRecord(phase="p", step=3, held_out="prose", loss=2.0))
+        write(EvalRecord(phase="p", step=3, held_out="prose", loss=2.0, accuracy=0.25))
         lines = path.read_text().splitlines()  # there before the file is closed
     values = [json.loads(line, parse_constant=lambda name: 1 / 0) for line in lines]
     assert values[0] == {"kind": "train", **vars(train_record()), "perplexity": math.exp(2.5)}
@@ -27,6 +27,7 @@ def test_lines_are_valid_json(tmp_path):
         "step": 3,
         "held_out": "prose",
         "loss": 2.0,
+        "accuracy": 0.25,
         "perplexity": math.exp(2.0),
     }
 
@@ -36,8 +37,8 @@ def test_a_run_that_goes_on_mends_the_last_line_and_its_records_win(tmp_path):
     with JsonLines(path, append=True) as write:
         for step in (1, 2, 3):
             write(train_record(step=step, loss=1.0))
-        write(EvalRecord(phase="p", step=3, held_out="prose", loss=2.0))
-        write(EvalRecord(phase="p", step=3, held_out="code", loss=2.0))
+        write(EvalRecord(phase="p", step=3, held_out="prose", loss=2.0, accuracy=0.25))
+        write(EvalRecord(phase="p", step=3, held_out="code", loss=2.0, accuracy=0.25))
     path.write_bytes(path.read_bytes()[:-20])
     with JsonLines(path, append=True) as write:
         for step in (2, 3, 4):
@@ -50,7 +51,7 @@ def test_a_run_that_goes_on_mends_the_last_line_and_its_records_win(tmp_path):
 def test_tensorboard_has_the_numbers(tmp_path):
     with TensorBoard(tmp_path, first_step=3) as write:
         write(train_record(utilisation=0.25))
-        write(EvalRecord(phase="p", step=4, held_out="prose", loss=2.0))
+        write(EvalRecord(phase="p", step=4, held_out="prose", loss=2.0, accuracy=0.25))
     values = {
         value.tag: (event.step, value.simple_value) for event in events(tmp_path) for value in event.summary.value
     }
@@ -58,6 +59,7 @@ def test_tensorboard_has_the_numbers(tmp_path):
     assert values["train/tokens_per_second"] == (3, 20)
     assert values["train/utilisation"] == (3, 0.25)
     assert values["eval/prose/loss"] == (4, 2)
+    assert values["eval/prose/accuracy"] == (4, 0.25)
     assert not {"train/step", "train/memory", "train/phase"} & set(values)  # a step is no curve; others are not known
 
 

@@ -17,6 +17,7 @@ from tests.train.runs import ARCHITECTURE, config, numbers, table
 from zamba2_jax.checkpoint.hf import load_hf
 from zamba2_jax.checkpoint.history import Checkpoints
 from zamba2_jax.cli.main import main
+from zamba2_jax.text.vocabulary import train_tokenizer
 from zamba2_jax.train import run as run_module
 from zamba2_jax.train.config import RunConfig, from_table
 from zamba2_jax.train.directory import NAMES, claim
@@ -25,7 +26,6 @@ from zamba2_jax.train.loop import DivergedError
 from zamba2_jax.train.metrics import read_records
 from zamba2_jax.train.run import run
 from zamba2_jax.train.step import abstract_state
-from zamba2_jax.train.tokenizer import train_tokenizer
 
 QUIET = Console(quiet=True)
 

@@ -5,10 +5,10 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from zamba2_jax.text.vocabulary import BOS, EOS, train_tokenizer
 from zamba2_jax.train import sources
 from zamba2_jax.train.corpus import prose, training_prose
 from zamba2_jax.train.sources import SourceConfig, open_documents, size_of, sources_at
-from zamba2_jax.train.tokenizer import BOS, EOS, train_tokenizer
 
 TEXTS = ["the cat and the hat", "déjà vu,\nthe bat \U0001f600", "and the rat"]
 

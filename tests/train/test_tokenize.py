@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from zamba2_jax.cli.main import main
+from zamba2_jax.text.vocabulary import EOS, load_tokenizer, save_tokenizer, train_tokenizer
 from zamba2_jax.train import sources
 from zamba2_jax.train.sources import SourceConfig, open_documents
 from zamba2_jax.train.tokenize import tokenize
-from zamba2_jax.train.tokenizer import EOS, load_tokenizer, save_tokenizer, train_tokenizer
 
 
 @pytest.fixture(scope="module")

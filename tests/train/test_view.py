@@ -31,11 +31,11 @@ def records():
             skipped=int(step > 50),
         )
         if step % 20 == 0:
-            yield EvalRecord(phase=phase, step=step, held_out="prose", loss=7 - step / 30)
+            yield EvalRecord(phase=phase, step=step, held_out="prose", loss=7 - step / 30, accuracy=step / 100)
 
 
 def show(terminal):
-    console = Console(file=io.StringIO(), force_terminal=terminal, width=120)
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=140)
     with ProgressView(PHASES, console) as view:
         for record in records():
             view(record)
@@ -46,10 +46,10 @@ def test_plain_lines_without_a_terminal():
     lines = show(terminal=False).splitlines()
     assert "\x1b" not in "".join(lines)
     assert lines[0] == "pretraining 5/40  loss 6.750  lr 1.0e-03  200 tok/s"
-    assert "pretraining 40/40  held-out prose 5.667" in lines
+    assert "pretraining 40/40  held-out prose 5.667, accuracy 40.0%" in lines
     assert lines[-2:] == [
         "annealing 20/20  loss 4.000  lr 1.0e-03  200 tok/s  skipped 1",
-        "annealing 20/20  held-out prose 5.000",
+        "annealing 20/20  held-out prose 5.000, accuracy 60.0%",
     ]
     assert len(lines) == 8 + 8 + 3
 

@@ -17,7 +17,7 @@ from rich.table import Table
 from zamba2_jax.choices import Decay
 from zamba2_jax.cli.several import Several, values
 from zamba2_jax.config import Zamba2Config
-from zamba2_jax.train.files import write_atomically, write_json
+from zamba2_jax.files import write_atomically, write_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -90,6 +90,7 @@ class Demo:
         from flax import nnx
 
         from zamba2_jax.model import Zamba2
+        from zamba2_jax.text.vocabulary import save_tokenizer
         from zamba2_jax.train.corpus import tokenize_embedded_corpus
         from zamba2_jax.train.curves import plot_curves
         from zamba2_jax.train.data import held_out
@@ -99,7 +100,6 @@ class Demo:
         from zamba2_jax.train.progress import ProgressView
         from zamba2_jax.train.schedule import learning_rate
         from zamba2_jax.train.step import compile_train_step, init_state
-        from zamba2_jax.train.tokenizer import save_tokenizer
 
         begin = time.perf_counter()
         self._check()
@@ -143,7 +143,7 @@ class Demo:
 
     def _check(self) -> None:
         """Checks what is not checked before the training starts otherwise."""
-        from zamba2_jax.train.tokenizer import MIN_VOCAB_SIZE
+        from zamba2_jax.text.vocabulary import MIN_VOCAB_SIZE
 
         vocab_size = Zamba2Config.preset(self.preset).vocab_size
         rules = {
@@ -188,7 +188,7 @@ class Demo:
     def _write(self, model: Zamba2, tokenizer: Tokenizer, console: Console) -> None:
         """Continues the prompts, on the terminal and in samples.txt."""
         from zamba2_jax.generate import Sampling, generate
-        from zamba2_jax.train.tokenizer import BOS, EOS
+        from zamba2_jax.text.vocabulary import BOS, EOS
 
         prompts = [[BOS, *tokenizer.encode(prompt).ids] for prompt in self._prompts]
         sampling = Sampling(temperature=self.temperature, seed=self.seed)
@@ -236,7 +236,7 @@ def save(state: TrainState, tokenizer: Tokenizer, directory: Path) -> None:
     """Writes the training state, and the model as a Hugging Face checkpoint with its tokenizer."""
     from zamba2_jax.checkpoint.hf import save_hf
     from zamba2_jax.checkpoint.store import save_state
-    from zamba2_jax.train.tokenizer import save_tokenizer
+    from zamba2_jax.text.vocabulary import save_tokenizer
 
     save_state(directory / "checkpoint", state)
     save_hf(state.model, directory / "hf")

@@ -17,7 +17,7 @@ from zamba2_jax.cli.several import Several, values
 
 if TYPE_CHECKING:
     from zamba2_jax.generate.batch import Job
-    from zamba2_jax.generate.tokenizer import CheckpointTokenizer
+    from zamba2_jax.text.tokenizer import CheckpointTokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

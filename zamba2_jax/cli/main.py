@@ -36,6 +36,7 @@ COMMANDS = {
         "zamba2_jax.cli.export", "Export", "Write a checkpoint of a training run as a Hugging Face checkpoint."
     ),
     "generate": Entry("zamba2_jax.cli.generate", "Generate", "Continue prompts with a model."),
+    "inspect": Entry("zamba2_jax.cli.inspect", "Inspect", "Say which parts of a model its predictions need."),
     "plan": Entry(
         "zamba2_jax.cli.plan",
         "Plan",

@@ -13,8 +13,8 @@ from zamba2_jax.config import Zamba2Config
 
 if TYPE_CHECKING:
     from zamba2_jax.generate.sampling import Sampling
-    from zamba2_jax.generate.tokenizer import CheckpointTokenizer
     from zamba2_jax.model.zamba2 import Zamba2
+    from zamba2_jax.text.tokenizer import CheckpointTokenizer
 
 Dtype = Literal["auto", "stored", "float32", "bfloat16"]
 
@@ -79,13 +79,13 @@ class Checkpoint:
 
     def tokenizer(self) -> CheckpointTokenizer:
         """Its tokenizer; raises as `load_tokenizer`."""
-        from zamba2_jax.generate.tokenizer import load_tokenizer
+        from zamba2_jax.text.tokenizer import load_tokenizer
 
         return load_tokenizer(self.directory, self.config)
 
     def stop_tokens(self, tokenizer: CheckpointTokenizer | None) -> tuple[int, ...]:
         """The ids that end a text."""
-        from zamba2_jax.generate.tokenizer import stop_tokens
+        from zamba2_jax.text.tokenizer import stop_tokens
 
         return stop_tokens(self.directory, self.config, tokenizer)
 

@@ -18,7 +18,7 @@ from rich.table import Table
 from zamba2_jax.cli.output import check_json_option, table_console
 from zamba2_jax.cli.several import Several, values
 from zamba2_jax.config import Zamba2Config
-from zamba2_jax.train.files import write_atomically
+from zamba2_jax.files import write_atomically
 
 if TYPE_CHECKING:
     from rich.status import Status

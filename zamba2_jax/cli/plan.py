@@ -13,7 +13,7 @@ from rich.table import Table
 from zamba2_jax.choices import Implementation, Remat
 from zamba2_jax.cli.output import check_json_option, table_console
 from zamba2_jax.config import Zamba2Config
-from zamba2_jax.train.files import write_json
+from zamba2_jax.files import write_json
 
 if TYPE_CHECKING:
     from zamba2_jax.plan.chips import Slice

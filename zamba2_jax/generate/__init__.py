@@ -5,7 +5,7 @@ from zamba2_jax.generate.decode import decode_step, prefill
 from zamba2_jax.generate.engine import Completion, Engine, Prefix, Request, Token
 from zamba2_jax.generate.sampling import Sampling
 from zamba2_jax.generate.score import score
-from zamba2_jax.generate.tokenizer import load_tokenizer
+from zamba2_jax.text.tokenizer import load_tokenizer
 
 __all__ = [
     "Completion",

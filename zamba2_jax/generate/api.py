@@ -7,8 +7,8 @@ from typing import TypeVar, cast
 from zamba2_jax.generate.decode import check_tokens
 from zamba2_jax.generate.engine import Completion, Engine, Event, Request
 from zamba2_jax.generate.sampling import GREEDY, Sampling
-from zamba2_jax.generate.text import Tokenizer, token_lists
 from zamba2_jax.model.zamba2 import Zamba2
+from zamba2_jax.text.stream import Tokenizer, token_lists
 
 Prompt = TypeVar("Prompt", str, Sequence[int])
 

@@ -15,8 +15,8 @@ from typing import IO, Any, BinaryIO
 from zamba2_jax.generate.decode import check_tokens
 from zamba2_jax.generate.engine import Completion, Engine, Request
 from zamba2_jax.generate.sampling import Sampling
-from zamba2_jax.generate.text import Tokenizer, token_lists
 from zamba2_jax.model.zamba2 import Zamba2
+from zamba2_jax.text.stream import Tokenizer, token_lists
 
 _SAMPLING = {field.name for field in dataclasses.fields(Sampling)}
 _KEYS = {"id", "prompt", "tokens", "max_new_tokens", "stop", *_SAMPLING}

@@ -4,8 +4,8 @@ from collections.abc import Generator
 
 from zamba2_jax.generate.engine import Completion, Engine, Prefix, Request
 from zamba2_jax.generate.sampling import GREEDY, Sampling
-from zamba2_jax.generate.tokenizer import CheckpointTokenizer
 from zamba2_jax.model.zamba2 import Zamba2
+from zamba2_jax.text.tokenizer import CheckpointTokenizer
 
 
 class Conversation:

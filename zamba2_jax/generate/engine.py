@@ -28,12 +28,12 @@ from zamba2_jax.generate.decode import (
     rounded_capacity,
 )
 from zamba2_jax.generate.sampling import GREEDY, Sampling, SamplingRows, is_int, log_probability, sample
-from zamba2_jax.generate.text import Decode, TextStream
 from zamba2_jax.model.cache import Cache, init_cache, placed
 from zamba2_jax.model.divided import row_axes
 from zamba2_jax.model.zamba2 import Zamba2
 from zamba2_jax.ops.placement import platform
 from zamba2_jax.sharding import constrain
+from zamba2_jax.text.stream import Decode, TextStream
 from zamba2_jax.typing import Array, DTypeLike, at_least_fp32
 
 BLOCK = 32

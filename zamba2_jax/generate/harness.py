@@ -19,8 +19,8 @@ from zamba2_jax.checkpoint.hf import load_hf
 from zamba2_jax.generate.engine import Completion, Engine, Request
 from zamba2_jax.generate.sampling import Sampling
 from zamba2_jax.generate.score import score_tokens
-from zamba2_jax.generate.tokenizer import CheckpointTokenizer, load_tokenizer
 from zamba2_jax.model.zamba2 import Zamba2
+from zamba2_jax.text.tokenizer import CheckpointTokenizer, load_tokenizer
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _GENERATION = {"until", "do_sample", "max_gen_toks", *_SAMPLING}

@@ -9,10 +9,10 @@ import numpy as np
 
 from zamba2_jax.generate.decode import check_tokens, next_power_of_two, padded_length, rounded_capacity
 from zamba2_jax.generate.sampling import is_int, log_probability
-from zamba2_jax.generate.text import Tokenizer, token_lists
 from zamba2_jax.model.cache import Cache, init_cache
 from zamba2_jax.model.zamba2 import Zamba2
 from zamba2_jax.ops.cross_entropy import map_positions
+from zamba2_jax.text.stream import Tokenizer, token_lists
 from zamba2_jax.typing import Array, at_least_fp32
 
 POSITIONS = 32

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from tokenizers import Tokenizer
 
+from zamba2_jax.text.vocabulary import encode_documents, train_tokenizer
 from zamba2_jax.train.documents import Documents, in_memory
-from zamba2_jax.train.tokenizer import encode_documents, train_tokenizer
 
 # Directories of the standard library that are not its own modules, are tables, or would give the prose away.
 _NOT_CODE = frozenset(

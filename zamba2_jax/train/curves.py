@@ -8,7 +8,7 @@ from jax.typing import ArrayLike
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from zamba2_jax.train.files import write_atomically
+from zamba2_jax.files import write_atomically
 from zamba2_jax.train.metrics import EvalRecord, Record, TrainRecord
 from zamba2_jax.train.schedule import Phase, boundaries
 

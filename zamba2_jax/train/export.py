@@ -8,8 +8,8 @@ from flax import nnx
 from zamba2_jax.checkpoint.hf import save_hf
 from zamba2_jax.checkpoint.history import Checkpoints
 from zamba2_jax.model import Zamba2
+from zamba2_jax.text.vocabulary import copy_tokenizer
 from zamba2_jax.train.directory import CHECKPOINTS, TOKENIZER, read_run
-from zamba2_jax.train.tokenizer import copy_tokenizer
 
 
 def export(directory: Path, out: Path, step: int | None = None) -> int:

@@ -9,10 +9,10 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 from tokenizers import Tokenizer
 
+from zamba2_jax.text.vocabulary import encode_documents
 from zamba2_jax.train.corpus import code, held_out_prose, training_prose
 from zamba2_jax.train.documents import Documents, in_memory
 from zamba2_jax.train.token_files import open_token_files
-from zamba2_jax.train.tokenizer import encode_documents
 
 Kind = Literal["text", "jsonl", "parquet", "tokens", "prose", "held_out_prose", "code"]
 

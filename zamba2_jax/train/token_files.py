@@ -88,6 +88,9 @@ def write_token_files(
         documents: the tokens of each, none empty.
         tokenizer: that made them.
         shard_tokens: a shard is closed by the document that reaches it.
+
+    Raises:
+        ValueError: a token is outside the vocabulary; the message names shard, document and position.
     """
     vocab_size = tokenizer.get_vocab_size()
     dtype = "<u2" if vocab_size <= 2**16 else "<u4"
@@ -182,6 +185,12 @@ class _ShardWriter:
 
     def add(self, document: np.ndarray) -> None:
         """Appends a document; tokens that do not fill a record wait for the next one."""
+        if document.min() < 0 or document.max() > np.iinfo(self._dtype).max:
+            position = int(np.argmax((document < 0) | (document > np.iinfo(self._dtype).max)))
+            raise ValueError(
+                f"{self._path}, document {self._documents}, position {position}: token id {document[position]} is "
+                "outside the vocabulary"
+            )
         self._documents += 1
         self.tokens += len(document)
         self._largest_id = max(self._largest_id, int(document.max()))

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from zamba2_jax.train.files import write_directory_atomically
+from zamba2_jax.files import write_directory_atomically
+from zamba2_jax.text.vocabulary import copy_tokenizer, encode_documents, load_tokenizer, parse_tokenizer
 from zamba2_jax.train.sources import Progress, SourceConfig, Text, chunks, read_texts
 from zamba2_jax.train.token_files import Manifest, write_token_files
-from zamba2_jax.train.tokenizer import copy_tokenizer, encode_documents, load_tokenizer, parse_tokenizer
 
 AHEAD = 4
 """Chunks of text in flight per process, which bounds memory."""

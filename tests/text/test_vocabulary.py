@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from zamba2_jax.train.tokenizer import BOS, EOS, PAD, encode_documents, save_tokenizer, train_tokenizer
+from zamba2_jax.text.vocabulary import BOS, EOS, PAD, encode_documents, save_tokenizer, train_tokenizer
 
 TEXTS = ["the cat and the hat and the bat " * 3, "def f(x):\n    return x + 1\n" * 3]
 

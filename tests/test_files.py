@@ -1,6 +1,6 @@
 import pytest
 
-from zamba2_jax.train.files import write_atomically, write_directory_atomically
+from zamba2_jax.files import write_atomically, write_directory_atomically
 
 
 def test_a_failed_write_leaves_what_was_there(tmp_path):

@@ -1,4 +1,4 @@
-from zamba2_jax.generate.text import TextStream
+from zamba2_jax.text.stream import TextStream
 
 
 def decode_bytes(tokens):

@@ -8,9 +8,9 @@ import pytest
 
 from tests.generate.checkpoints import CONFIG
 from zamba2_jax import Zamba2Config
-from zamba2_jax.generate.text import TextStream
-from zamba2_jax.generate.tokenizer import load_tokenizer, stop_tokens
-from zamba2_jax.train.tokenizer import save_tokenizer, train_tokenizer
+from zamba2_jax.text.stream import TextStream
+from zamba2_jax.text.tokenizer import load_tokenizer, stop_tokens
+from zamba2_jax.text.vocabulary import save_tokenizer, train_tokenizer
 
 RELEASED = Zamba2Config.preset("zamba2-1.2b")
 TEXTS = (
