@@ -1,24 +1,23 @@
 """`zamba2 inspect`: which parts of a trained model its predictions need."""
 
+from __future__ import annotations
+
 import dataclasses
 import itertools
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from zamba2_jax.checkpoint.hf import find_entries, local_directory
 from zamba2_jax.cli.options import Checkpoint, Dtype
 from zamba2_jax.cli.output import check_json_option, table_console
 from zamba2_jax.cli.several import Several, values
 from zamba2_jax.config import Zamba2Config
-from zamba2_jax.evaluate import necessity
 from zamba2_jax.files import write_json
-from zamba2_jax.text.vocabulary import parse_tokenizer
-from zamba2_jax.train.data import Batch, held_out
-from zamba2_jax.train.documents import Documents, in_memory
-from zamba2_jax.train.sources import EMBEDDED, SourceConfig, open_documents, sources_at
-from zamba2_jax.train.token_files import MANIFEST
+
+if TYPE_CHECKING:
+    from zamba2_jax.train.data import Batch
+    from zamba2_jax.train.documents import Documents
 
 HELD_OUT = "embedded"
 
@@ -59,6 +58,9 @@ class Inspect:
             ValueError: an option, the text or the checkpoint is not valid.
             OSError: the checkpoint or the text is not there.
         """
+        from zamba2_jax.checkpoint.hf import find_entries, local_directory
+        from zamba2_jax.evaluate import necessity
+
         for name, least in (("seq", 2), ("rows", 1), ("batch", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} {getattr(self, name)}: expected an integer >= {least}")
@@ -81,6 +83,9 @@ class Inspect:
 
     def _batches(self, checkpoint: Checkpoint) -> list[Batch]:
         """The first rows of the text."""
+        from zamba2_jax.train.data import held_out
+        from zamba2_jax.train.documents import in_memory
+
         documents = self._documents(checkpoint)
         ends = itertools.accumulate(map(len, documents))
         enough = next((i for i, end in enumerate(ends, 1) if end >= self.rows * self.seq), len(documents))
@@ -90,6 +95,11 @@ class Inspect:
         return held_out(first, batch_size=size, length=self.seq)[: -(-rows // size)]
 
     def _documents(self, checkpoint: Checkpoint) -> Documents:
+        from zamba2_jax.text.vocabulary import parse_tokenizer
+        from zamba2_jax.train.documents import in_memory
+        from zamba2_jax.train.sources import EMBEDDED, SourceConfig, open_documents, sources_at
+        from zamba2_jax.train.token_files import MANIFEST
+
         path, vocab_size = Path(self.data), checkpoint.config.vocab_size
         if (path / MANIFEST).is_file():
             return open_documents(SourceConfig(kind="tokens", path=self.data), None, vocab_size=vocab_size)
