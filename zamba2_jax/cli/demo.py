@@ -21,6 +21,7 @@ from zamba2_jax.cli.several import Several, values
 from zamba2_jax.config import Zamba2Config
 from zamba2_jax.generate import Sampling, generate
 from zamba2_jax.model import Zamba2
+from zamba2_jax.train.config import LoggingConfig
 from zamba2_jax.train.corpus import TokenizedCorpus, tokenize_embedded_corpus
 from zamba2_jax.train.curves import plot_curves
 from zamba2_jax.train.data import held_out
@@ -108,7 +109,13 @@ class Demo:
         size = sum(parameter.size for parameter in jax.tree.leaves(model))
         console.print(f"Compiling {self.preset}, {size / 1e6:.1f} M parameters")
         state = init_state(model, optimizer)
-        step = compile_train_step(state, next(iter(stages[0].batches)), optimizer=optimizer, schedule=schedule)
+        step = compile_train_step(
+            state,
+            next(iter(stages[0].batches)),
+            optimizer=optimizer,
+            schedule=schedule,
+            health_every=LoggingConfig.health_every,
+        )
 
         records: list[Record] = []
         with JsonLines(self.output / "metrics.jsonl") as write, ProgressView(phases, console) as show:
@@ -119,6 +126,7 @@ class Demo:
                 held_out={"prose": held_out_prose},
                 log_every=5,
                 eval_every=max(1, sum(self.steps) // 8),
+                health_every=LoggingConfig.health_every,
                 report=tee(records.append, write, show),
             )
         save(state, corpus.tokenizer, self.output)
