@@ -35,7 +35,7 @@ def test_its_ends():
     k = normal(1, 64, 1, 8)
     sums, queries = attention_entropy(jnp.zeros((1, 64, 2, 8)), k, 1.0)
     np.testing.assert_allclose(sums / queries, 1, rtol=1e-6)
-    sums, queries = attention_entropy(1e3 * normal(1, 64, 2, 8, seed=1), k, 1.0)
+    sums, queries = attention_entropy(1e6 * normal(1, 64, 2, 8, seed=1), k, 1.0)
     assert (sums / queries < 0.01).all()
     assert np.isfinite(sums).all()
-    assert queries == 32
+    assert queries == 16

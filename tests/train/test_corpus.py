@@ -1,7 +1,7 @@
 import pytest
 
 from zamba2_jax.text.vocabulary import BOS, EOS
-from zamba2_jax.train.corpus import Document, code, prose, split_held_out, tokenize_embedded_corpus
+from zamba2_jax.train.corpus import Document, code, held_out_code, prose, split_held_out, tokenize_embedded_corpus
 
 
 def paragraphs(documents):

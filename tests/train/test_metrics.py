@@ -3,7 +3,18 @@ import math
 
 from tensorboardX.proto.event_pb2 import Event
 
-from zamba2_jax.train.metrics import EvalRecord, JsonLines, TensorBoard, TrainRecord, bits_per_byte, read_records, tee
+from zamba2_jax.train.metrics import (
+    CallHealth,
+    EvalRecord,
+    GroupHealth,
+    HealthRecord,
+    JsonLines,
+    TensorBoard,
+    TrainRecord,
+    bits_per_byte,
+    read_records,
+    tee,
+)
 
 
 def train_record(**kwargs):
@@ -30,6 +41,35 @@ def test_lines_are_valid_json(tmp_path):
         "accuracy": 0.25,
         "perplexity": math.exp(2.0),
     }
+
+
+def health_record(**kwargs):
+    calls = {"layers.1": CallHealth(ratio=0.5, share=0.25, entropy=(0.75, math.nan))}
+    groups = {"mixers": GroupHealth(grad_norm=2.0, update=0.125, step=0.375)}
+    return HealthRecord(**{"phase": "p", "step": 3, "calls": calls, "groups": groups, **kwargs})
+
+
+def test_health_is_a_record_of_its_own(tmp_path):
+    with JsonLines(tmp_path / "metrics.jsonl") as write, TensorBoard(tmp_path / "board", first_step=3) as show:
+        for record in (
+            train_record(),
+            health_record(),
+            EvalRecord(phase="p", step=3, held_out="prose", loss=2.0, accuracy=0.25),
+        ):
+            write(record)
+            show(record)
+    records = read_records(tmp_path / "metrics.jsonl")
+    assert [record["kind"] for record in records] == ["health", "train", "eval"]
+    assert records[0] == {
+        "kind": "health",
+        "phase": "p",
+        "step": 3,
+        "calls": {"layers.1": {"ratio": 0.5, "share": 0.25, "entropy": [0.75, None]}},
+        "groups": {"mixers": {"grad_norm": 2.0, "update": 0.125, "step": 0.375}},
+    }
+    values = {value.tag: value.simple_value for event in events(tmp_path / "board") for value in event.summary.value}
+    assert values["health/calls/layers.1/entropy/0"] == 0.75
+    assert values["health/groups/mixers/step"] == 0.375
 
 
 def test_a_run_that_goes_on_mends_the_last_line_and_its_records_win(tmp_path):

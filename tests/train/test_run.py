@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 from tokenizers import Tokenizer
 
-from tests.train.runs import ARCHITECTURE, config, numbers, table
+from tests.train.runs import ARCHITECTURE, config, losses, numbers, table
 from zamba2_jax.checkpoint.hf import load_hf
 from zamba2_jax.checkpoint.history import Checkpoints
 from zamba2_jax.cli.main import main
@@ -56,22 +56,25 @@ def home(tmp_path_factory):
 
 def test_how_a_step_is_computed_changes_no_losses(home, whole):
     """By parts, recomputed and scanned: sums in another order, over 13 steps; in bfloat16 the losses are only near."""
-    expected = np.array([record["loss"] for record in read_records(Path(whole.directory) / "metrics.jsonl")])
+    expected = np.array(losses(records_of(whole)))
     for step, tolerance in (
         ({"microbatches": 2, "remat": "layer", "scan_layers": True}, 1e-5),
         ({"compute_dtype": "bfloat16"}, 1e-2),
     ):
         values = config(home, directory=str(home / "-".join(step)), step=step)
         assert run(values, QUIET)
-        losses = [record["loss"] for record in read_records(Path(values.directory) / "metrics.jsonl")]
-        np.testing.assert_allclose(losses, expected, rtol=tolerance)
-        assert not np.array_equal(losses, expected)
+        found = losses(records_of(values))
+        np.testing.assert_allclose(found, expected, rtol=tolerance)
+        assert not np.array_equal(found, expected)
+        health = [health_of(of)["calls"]["layers.0"] for of in (values, whole)]
+        np.testing.assert_allclose(*(of["ratio"] for of in health), rtol=100 * tolerance)
+        np.testing.assert_allclose(*(of["entropy"] for of in health), rtol=100 * tolerance)
 
 
 @pytest.fixture(scope="module")
 def whole(home):
     """A run that was never interrupted."""
-    logging = {"every": 3, "tensorboard": True, "profile_start": 2, "profile_steps": 1}
+    logging = {"every": 3, "health_every": 13, "tensorboard": True, "profile_start": 2, "profile_steps": 1}
     values = config(home, directory=str(home / "whole"), logging=logging)
     assert run(values, QUIET)
     return values
@@ -86,6 +89,11 @@ def last_state(values):
 
 def records_of(values):
     return read_records(Path(values.directory) / "metrics.jsonl")
+
+
+def health_of(values):
+    (health,) = (record for record in records_of(values) if record["kind"] == "health")
+    return health
 
 
 def assert_equal(tree, other):
@@ -141,8 +149,9 @@ def test_a_run_goes_on_over_other_meshes(home, whole, stop_at):
         mu = state.opt_state[1].mu
         assert mu.embed[...].sharding == state.model.embed[...].sharding
         assert len(mu.embed[...].sharding.device_set) == math.prod(mesh.values())
-    losses = [[record["loss"] for record in records_of(run_)[:12]] for run_ in (values, whole)]
-    np.testing.assert_allclose(*losses, rtol=1e-5)  # sums in another order, over 13 steps
+    np.testing.assert_allclose(
+        *(losses(records_of(run_))[:12] for run_ in (values, whole)), rtol=1e-5
+    )  # sums in another order, over 13 steps
 
 
 def test_an_export_is_the_model_and_a_run_can_begin_with_it(home, whole, tmp_path, capsys):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import COMMAND
-from tests.train.runs import config, numbers, table
+from tests.train.runs import config, losses, numbers, table
 from zamba2_jax.checkpoint.history import Checkpoints
 from zamba2_jax.train.hosts import run_mesh
 from zamba2_jax.train.metrics import read_records
@@ -113,7 +113,7 @@ def test_two_processes_make_one_run_and_survive_the_loss_of_one(tmp_path, start)
     whole, alone = outcome(tmp_path, "whole"), outcome(tmp_path, "alone")
     # The rows are the same ones, in the same order; sums over processes are in another, which training
     # makes more of at every step.
-    np.testing.assert_allclose(*([record["loss"] for record in run[0][:15]] for run in (whole, alone)), rtol=1e-5)
+    np.testing.assert_allclose(*(losses(run[0])[:15] for run in (whole, alone)), rtol=1e-5)
 
     metrics = tmp_path / "lost" / "metrics.jsonl"
     for lost in (1, 0):

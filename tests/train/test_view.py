@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from zamba2_jax.train.curves import plot_curves
-from zamba2_jax.train.metrics import EvalRecord, TrainRecord
+from zamba2_jax.train.metrics import CallHealth, EvalRecord, GroupHealth, HealthRecord, TrainRecord
 from zamba2_jax.train.progress import ProgressView
 from zamba2_jax.train.schedule import Phase, learning_rate
 
@@ -52,6 +52,26 @@ def test_plain_lines_without_a_terminal():
         "annealing 20/20  held-out prose 5.000, accuracy 60.0%",
     ]
     assert len(lines) == 8 + 8 + 3
+
+
+def test_health_is_on_the_line_and_faults_are_said_once():
+    console = Console(file=io.StringIO(), width=300)
+    with ProgressView(PHASES, console) as view:
+        for record in records():
+            if record.step % 5 == 0 and isinstance(record, TrainRecord):
+                call = CallHealth(ratio=30.0, share=0.99, entropy=(0.5, 0.75))
+                group = GroupHealth(grad_norm=1.0, update=0.01, step=0.3)
+                view(
+                    HealthRecord(phase=record.phase, step=record.step, calls={"layers.2": call}, groups={"head": group})
+                )
+            view(record)
+    lines = console.file.getvalue().splitlines()
+    assert lines[0].endswith(
+        "200 tok/s  shared/residual 30 in layers.2, attention 0.50 uniform in layers.2, head move 0.3"
+    )
+    (warning,) = (line for line in lines if line.startswith("Warning"))
+    assert "layers.2: the shared block drowns the residual stream" in warning
+    assert "(step 15; see docs/health.md)" in warning
 
 
 def test_bars_on_a_terminal():

@@ -6,9 +6,8 @@ import jax.numpy as jnp
 from zamba2_jax.ops.attention import document_tags
 from zamba2_jax.typing import Array, Float, Int, at_least_fp32
 
-QUERIES = 32
-AT_A_TIME = 8
-"""Queries of a row whose scores exist at once."""
+QUERIES = 16
+"""Of a row: their scores are in memory at once, for all heads."""
 
 
 def attention_entropy(
@@ -32,21 +31,18 @@ def attention_entropy(
         The sums, in at least float32, and how many queries each is over: those that see more than themselves.
     """
     (b, t, h, p), kv = q.shape, k.shape[2]
-    wide, count = at_least_fp32(q.dtype), min(queries, t)
-    tags = jnp.zeros((b, t), jnp.int32) if segment_ids is None else document_tags(segment_ids)
-    real = jnp.ones((b, t), bool) if segment_ids is None else segment_ids != 0
-
-    def of_query(at: Array) -> tuple[Array, Array]:
-        heads = q[:, at].reshape(b, kv, h // kv, p)
-        scores = jnp.einsum("bgrp,btgp->bgrt", heads, k, preferred_element_type=wide).reshape(b, h, t) * scale
-        visible = (jnp.arange(t) <= at) & (tags == tags[:, at, None])
-        log_w = jax.nn.log_softmax(jnp.where(visible[:, None], scores, -jnp.inf), axis=-1)
-        entropy = -jnp.sum(jnp.exp(log_w) * log_w, axis=-1, where=visible[:, None])
-        seen = visible.sum(axis=-1)
-        counted = real[:, at] & (seen > 1)
-        share = entropy / jnp.log(jnp.maximum(seen, 2)).astype(wide)[:, None]
-        return jnp.sum(share, axis=0, where=counted[:, None]), counted.sum(dtype=wide)
-
+    count = min(queries, t)
     places = (jnp.arange(count) + 1) * t // count - 1
-    shares, counted = jax.lax.map(of_query, places, batch_size=min(AT_A_TIME, count))
-    return shares.sum(axis=0), counted.sum()
+    heads = q[:, places].reshape(b, count, kv, h // kv, p)
+    scores = jnp.einsum("bqgrp,btgp->bqgrt", heads, k, preferred_element_type=at_least_fp32(q.dtype)) * scale
+    visible, counted = jnp.arange(t) <= places[:, None], jnp.ones((b, count), bool)
+    if segment_ids is not None:
+        tags = document_tags(segment_ids)
+        visible, counted = visible & (tags[:, None] == tags[:, places, None]), segment_ids[:, places] != 0
+    visible = jnp.broadcast_to(visible, (b, count, t))[:, :, None, None]
+    log_w = jax.nn.log_softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
+    entropy = -jnp.sum(jnp.exp(log_w) * log_w, axis=-1, where=visible)
+    seen = visible.sum(axis=-1)
+    share = (entropy / jnp.log(jnp.maximum(seen, 2)).astype(entropy.dtype)).reshape(b, count, h)
+    counted &= seen[:, :, 0, 0] > 1
+    return jnp.sum(share, axis=(0, 1), where=counted[..., None]), counted.sum(dtype=share.dtype)

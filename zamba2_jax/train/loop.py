@@ -153,9 +153,10 @@ def train(
                 due = done % eval_every == 0 or done == phase.steps
                 measured = health_every is not None and (first + done) % health_every == 0
                 if due or measured or done % log_every == 0:
-                    report(log.make_record(phase, first + done, max_skipped))
+                    record = log.make_record(phase, first + done, max_skipped)
                     if measured:
                         report(_health_record(state, metrics, phase, first + done))
+                    report(record)
                     if due:
                         _evaluate(state, phase, first + done, held_out, report, step_config)
                     log.start_clock()

@@ -214,7 +214,7 @@ def bits_per_byte(nats_per_token: float, tokens: int, size: int) -> float:
     return nats_per_token / math.log(2) * tokens / size
 
 
-KINDS = {TrainRecord: "train", HealthRecord: "health", EvalRecord: "eval"}
+KINDS = {HealthRecord: "health", TrainRecord: "train", EvalRecord: "eval"}
 """What each kind of record is called, in the order in which those of a step come."""
 
 
