@@ -77,6 +77,8 @@ def test_an_architecture_is_checked_and_may_be_infinite(tmp_path):
         ("learning_rate", -1, "peak learning rate=-1.0: expected a finite number > 0"),
         ("length", 1, "length=1: expected at least 2"),
         ("seed", -1, "seed=-1: expected an integer in [0, 2^31)"),
+        ("data_seed", -1, "data_seed=-1: expected an integer in [0, 2^31)"),
+        ("init_scale", {"embed": 0}, "init_scale.embed=0.0: expected a finite number > 0"),
         ("dtype", "float8", "dtype='float8': expected one of float32, bfloat16"),
         ("checkpoints.every", 0, "checkpoints.every=0: expected at least 1"),
         ("logging.profile_start", 0, "logging.profile_start=0: expected at least 1"),

@@ -11,6 +11,7 @@ import pytest
 from zamba2_jax.checkpoint.store import restore_state, save_state
 from zamba2_jax.model.parameter import named_parameters
 from zamba2_jax.train.optimizer import AdamW, Muon, ParameterGroup, decay_mask
+from zamba2_jax.train.patterns import scale_matrices
 from zamba2_jax.train.step import init_state
 
 
@@ -124,6 +125,16 @@ def test_of_groups_the_last_one_counts(x64):
             np.testing.assert_allclose(
                 found, factor * (before + decay * parameter), rtol=1e-7, err_msg=f"{step} {path}"
             )
+
+
+def test_fresh_matrices_are_scaled_by_the_last_pattern_and_vectors_are_not(model):
+    scaled = named_parameters(scale_matrices(model, {"shared.*": 2.0, "embed": 4.0, "*.o": 0.5}))
+    for name, parameter in named_parameters(model).items():
+        factor = 4 if name == "embed" else 0.5 if name.endswith(".o") else 2 if name.startswith("shared.") else 1
+        factor = factor if parameter.get_value().ndim > 1 else 1
+        np.testing.assert_array_equal(scaled[name][...], factor * parameter[...], err_msg=name)
+    with pytest.raises(ValueError, match=re.escape("init_scale.shard.*='shard.*' fits no parameter")):
+        scale_matrices(model, {"shard.*": 2.0})
 
 
 @pytest.mark.parametrize(

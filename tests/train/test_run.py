@@ -1,5 +1,6 @@
 import dataclasses
 import errno
+import json
 import math
 import os
 import re
@@ -108,6 +109,12 @@ def test_a_run_leaves_what_it_says(whole):
     steps = {kind: [record["step"] for record in records if record["kind"] == kind] for kind in ("train", "eval")}
     assert steps == {"train": [3, 5, 6, 7, 10, 12, 13], "eval": [0, 5, 7, 12, 13]}
     assert records[-1]["loss"] < records[0]["loss"] - 0.3
+    (source,) = whole.evaluation.sources.values()
+    texts = [json.loads(line)["text"] for line in Path(source.path).read_text().splitlines()]
+    tokenizer = Tokenizer.from_file(str(Path(whole.tokenizer) / "tokenizer.json"))
+    tokens = sum(len(tokenizer.encode(text).ids) + 2 for text in texts)
+    bits = records[0]["loss"] / math.log(2) * tokens / sum(map(len, texts))
+    assert records[0]["bits_per_byte"] == pytest.approx(bits)
     trained = [record for record in records if record["kind"] == "train"]
     assert all(record["memory"] > 2**27 and 0 <= record["waited"] <= record["seconds"] for record in trained)
     assert [record["utilisation"] for record in trained] == [None] * len(trained)  # nobody knows the peak of a CPU

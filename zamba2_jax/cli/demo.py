@@ -46,6 +46,16 @@ OUTPUTS = (
 )
 """All that the demo writes; the marker, with the settings, first."""
 
+INIT_SCALE = {
+    "embed": 3.0,
+    "layers.*.mamba.out": 0.3,
+    "shared.*.attention.o": 1.5,
+    "shared.*.mlp.*": 1.5,
+    "calls.*.linear": 1.5,
+}
+"""Factors of the initial matrices. The embedding is then not small beside what the mixers add to the stream, so that
+attention sees the token it stands at, and the shared blocks' output is not small beside the stream from the start."""
+
 SILENCED = {
     "all.attention": "attention uniform",
     "all.adapters": "adapters at 0",
@@ -114,6 +124,7 @@ class Demo:
         from zamba2_jax.train.data import held_out
         from zamba2_jax.train.loop import make_stages, train
         from zamba2_jax.train.metrics import JsonLines, tee
+        from zamba2_jax.train.patterns import scale_matrices
         from zamba2_jax.train.progress import ProgressView
         from zamba2_jax.train.schedule import learning_rate
         from zamba2_jax.train.step import compile_train_step, init_state
@@ -143,7 +154,7 @@ class Demo:
         }
         batches = {name: held_out(text, batch_size=4 * self.batch, length=self.seq) for name, text in texts.items()}
 
-        model = Zamba2(config, rngs=nnx.Rngs(self.seed))
+        model = scale_matrices(Zamba2(config, rngs=nnx.Rngs(self.seed)), INIT_SCALE)
         size = sum(parameter.size for parameter in jax.tree.leaves(model))
         console.print(f"Compiling {self.preset}, {size / 1e6:.1f} M parameters")
         state = init_state(model, optimizer)

@@ -131,7 +131,10 @@ class RunConfig:
         batch_size: rows of a step, on all devices together.
         length: tokens of a row.
         optimizer: AdamW or Muon, by its `kind`, with its numbers and groups of parameters.
-        seed: of the initial weights and the order of the data.
+        seed: of the initial weights, and of the data where `data_seed` is None.
+        data_seed: of the order of the data and of the examples of synthetic tasks.
+        init_scale: factors of the initial matrices by pattern of their names, of which the last that fits counts; see
+            `train.patterns`.
         dtype: of the weight matrices; vectors are float32.
         step: how a step is computed: its compute dtype, parts of a batch, what is kept for the backward pass.
         mesh: over which the run is divided.
@@ -152,6 +155,8 @@ class RunConfig:
     length: int
     optimizer: AdamW | Muon = dataclasses.field(default_factory=AdamW)
     seed: int = 0
+    data_seed: int | None = None
+    init_scale: Mapping[str, float] = dataclasses.field(default_factory=dict)
     dtype: Literal["float32", "bfloat16"] = "float32"
     step: StepConfig = dataclasses.field(default_factory=StepConfig)
     mesh: MeshConfig = MeshConfig()
@@ -179,7 +184,12 @@ class RunConfig:
         _require(
             self.batch_size % parts == 0, "batch_size", self.batch_size, f"a multiple of step.microbatches={parts}"
         )
-        _require(0 <= self.seed < 2**31, "seed", self.seed, "an integer in [0, 2^31)")
+        for name, seed in (("seed", self.seed), ("data_seed", self.data_seed)):
+            _require(seed is None or 0 <= seed < 2**31, name, seed, "an integer in [0, 2^31)")
+        for pattern, factor in self.init_scale.items():
+            _require(0 < factor < math.inf, f"init_scale.{pattern}", factor, "a finite number > 0")
+        none = not self.init_scale or self.model.hf is None
+        _require(none, "init_scale", self.init_scale, f"none, since model.hf={self.model.hf!r} gives the weights")
         start = self.logging.profile_start
         _require(start is None or start >= 1, "logging.profile_start", start, "at least 1")
         learning_rate(self.phases, self.learning_rate)

@@ -60,6 +60,7 @@ class EvalRecord:
         held_out: which held-out set.
         loss: mean over it by the weights of its tokens, in nats per token.
         accuracy: of its tokens with a weight above 0, the share that the model finds likeliest.
+        bits_per_byte: the loss per byte of its text; None where that is not known, as of synthetic tasks.
     """
 
     phase: str
@@ -67,6 +68,7 @@ class EvalRecord:
     held_out: str
     loss: float
     accuracy: float
+    bits_per_byte: float | None = None
 
     @property
     def perplexity(self) -> float:

@@ -2,8 +2,11 @@
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
+
+from zamba2_jax.model import Zamba2
+from zamba2_jax.model.parameter import named_parameters, with_values
 
 
 def matches(name: str, pattern: str) -> bool:
@@ -30,6 +33,22 @@ def check_patterns(patterns: Iterable[tuple[str, str]], names: Iterable[str]) ->
             near = difflib.get_close_matches(pattern, _candidates(names), n=3, cutoff=0.4)
             hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"expected names like {names[0]!r}"
             raise ValueError(f"{place}={pattern!r} fits no parameter: {hint}")
+
+
+def scale_matrices(model: Zamba2, scales: Mapping[str, float]) -> Zamba2:
+    """The model with matrices multiplied by the factor of the last pattern that their names fit; vectors stay.
+
+    Raises:
+        ValueError: a pattern fits no parameter.
+    """
+    named = named_parameters(model)
+    check_patterns(((f"init_scale.{pattern}", pattern) for pattern in scales), named)
+    values = {}
+    for name, parameter in named.items():
+        factors = [factor for pattern, factor in scales.items() if matches(name, pattern)]
+        value = parameter.get_value()
+        values[name] = value * factors[-1] if factors and value.ndim > 1 else value
+    return with_values(model, values)
 
 
 def _candidates(names: Iterable[str]) -> list[str]:

@@ -113,6 +113,7 @@ def open_documents(
             "in memory: write token files with `zamba2 tokenize` and give their directory as a source of kind 'tokens'"
         )
     documents: list[np.ndarray] = []
+    text_bytes = 0
     for texts in chunks(read_texts(config)):
         tokens = encode_documents(tokenizer, [text.text for text in texts])
         for text, document in zip(texts, tokens, strict=True):
@@ -121,9 +122,10 @@ def open_documents(
                     f"{text.place}: token id {document.max()} is outside the vocabulary of {vocab_size} tokens"
                 )
         documents += tokens
+        text_bytes += sum(len(text.text.encode()) for text in texts)
         if progress is not None:
             progress(sum(text.size for text in texts))
-    return in_memory(documents)
+    return in_memory(documents, text_bytes)
 
 
 def sources_at(path: Path, field: str = "text") -> list[SourceConfig]:

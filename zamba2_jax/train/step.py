@@ -31,7 +31,8 @@ from zamba2_jax.sharding import (
 )
 from zamba2_jax.train.data import Batch
 from zamba2_jax.train.health import CallSums, Health, call_sums, group_sizes
-from zamba2_jax.train.stacks import Stacking
+from zamba2_jax.train.rounding import stored
+from zamba2_jax.train.stacks import Stacking, leaves_of
 from zamba2_jax.typing import Array, Bool, Float, Int, at_least_fp32
 
 SCANNED_FROM = 12
@@ -167,6 +168,7 @@ def train_step(
     """One step of gradient descent.
 
     If the loss or the gradient is not finite, model and optimizer stay as they are and the step is counted as skipped.
+    New values of parameters held in bfloat16 are rounded stochastically, see `train.rounding`.
 
     Args:
         state: where the run stands.
@@ -189,7 +191,9 @@ def train_step(
     def advance(gradient: Any, before: tuple[Any, optax.OptState]) -> tuple[Any, optax.OptState]:
         told = optax.with_extra_args_support(optimizer)
         update, opt_state = told.update(gradient, before[1], before[0], step=taken)
-        model = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), before[0], update)
+        model = jax.tree.map(
+            lambda p, u, leaf: stored(p - rate * u, p, leaf, taken), before[0], update, leaves_of(before[0])
+        )
         return jax.tree.map(lambda new, old: jnp.where(finite, new, old), (model, opt_state), before)
 
     def updated(gradient: Zamba2) -> tuple[Zamba2, optax.OptState]:

@@ -54,13 +54,23 @@ def tokenize(
         if value < 1:
             raise ValueError(f"{name}={value}: expected an integer >= 1")
     loaded = load_tokenizer(tokenizer)
-    texts = chunks(chain.from_iterable(map(read_texts, sources)))
+    text_bytes = 0
+
+    def counted(texts: Iterable[Text]) -> Iterator[Text]:
+        nonlocal text_bytes
+        for text in texts:
+            text_bytes += len(text.text.encode())
+            yield text
+
+    texts = chunks(counted(chain.from_iterable(map(read_texts, sources))))
 
     def write(directory: Path) -> Manifest:
         executor = ProcessPoolExecutor(processes, get_context("spawn"), _start, (loaded.to_str(),))
         try:
             documents = _encoded(executor, texts, AHEAD * processes, progress)
-            manifest = write_token_files(directory, documents, loaded, shard_tokens=shard_tokens)
+            manifest = write_token_files(
+                directory, documents, loaded, shard_tokens=shard_tokens, text_bytes=lambda: text_bytes
+            )
         finally:
             executor.shutdown(cancel_futures=True)
         copy_tokenizer(tokenizer, directory)
