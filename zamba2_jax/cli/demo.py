@@ -220,14 +220,16 @@ class Demo:
                 steps=copying,
                 shares={"copying": 1.0},
                 warmup_steps=copying // 10,
-                decay="constant",
+                decay="linear",
+                final_fraction=0.5,
             ),
             Phase(
                 name="pretraining",
                 steps=pretraining,
                 shares={"code": text, "copying": self.copying},
+                peak_fraction=0.5,
                 decay="cosine",
-                final_fraction=0.1,
+                final_fraction=0.2,
             ),
             Phase(
                 name="annealing",
