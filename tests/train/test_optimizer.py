@@ -86,7 +86,8 @@ def test_muon_is_optax_s_on_matrices_and_adam_elsewhere(x64):
         grads = random_tree(1 + seed)
         results = [chain.update(grads, state, params) for chain, state in zip((ours, theirs), states, strict=True)]
         states = [state for _, state in results]
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, -b, rtol=1e-9), results[0][0], results[1][0])
+        # Theirs adds 1e-8 to the norm of a mean of gradients, ours to that of a sum.
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, -b, rtol=1e-6, atol=1e-8), results[0][0], results[1][0])
 
 
 def test_the_update_of_muon_has_the_root_mean_square_of_adam_and_equal_singular_values(x64):
@@ -159,7 +160,7 @@ def test_of_muon_matrices_have_one_moment_and_a_checkpoint_all(model, tmp_path):
     twice = [name for name in matrices if name == "embed" or ".conv_" in name]
     sizes = {name: parameter.get_value().size for name, parameter in named_parameters(model).items()}
     moments = sum(sizes.values()) * 2 - sum(sizes[name] for name in matrices if name not in twice)
-    assert sum(leaf.size for leaf in jax.tree.leaves(state.opt_state)) == moments + 5  # two counts, three coefficients
+    assert sum(leaf.size for leaf in jax.tree.leaves(state.opt_state)) == moments + 1  # Adam's count
     save_state(tmp_path / "s", state)
     restored = restore_state(tmp_path / "s", jax.eval_shape(lambda: state))
     assert jax.tree.structure(restored) == jax.tree.structure(state)
