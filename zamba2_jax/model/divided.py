@@ -64,14 +64,19 @@ def predictions(
 
 def _summed(
     op: Callable[..., tuple[Array, ...]], rows: tuple[str | None, str | None]
-) -> Callable[..., tuple[Array, ...]]:
+) -> Callable[..., tuple[Array, Array]]:
     """Two sums over rows, of which each device takes its rows' part."""
 
     def part(*arrays: Array) -> tuple[Array, ...]:
         return tuple(jnp.reshape(of_device, (1, 1)) for of_device in op(*arrays))
 
     run = per_device(part, [(*rows, None), ("vocab", None), rows, rows], [rows, rows])
-    return lambda *arrays: tuple(array.sum() for array in run(*arrays))
+
+    def whole(*arrays: Array) -> tuple[Array, Array]:
+        first, second = run(*arrays)
+        return first.sum(), second.sum()
+
+    return whole
 
 
 def causal_conv1d(

@@ -12,10 +12,10 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from zamba2_jax.checkpoint.hf import local_directory
 from zamba2_jax.config import Zamba2Config
-from zamba2_jax.train.optimizer import AdamW
+from zamba2_jax.train.optimizer import AdamW, Muon
 from zamba2_jax.train.schedule import Phase, learning_rate
-from zamba2_jax.train.sources import SourceConfig
 from zamba2_jax.train.step import StepConfig
+from zamba2_jax.train.synthetic import AnySource
 
 T = TypeVar("T")
 
@@ -89,11 +89,11 @@ class EvaluationConfig:
 
     Attributes:
         every: steps between evaluations, counted within a phase.
-        sources: held-out documents by name; all of them are used every time.
+        sources: held-out documents or synthetic tasks by name; all of them are used every time.
     """
 
     every: int = 1000
-    sources: Mapping[str, SourceConfig] = dataclasses.field(default_factory=dict)
+    sources: Mapping[str, AnySource] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,12 +125,12 @@ class RunConfig:
         model: what to train.
         tokenizer: "embedded", one trained on the embedded corpus, or a tokenizer.json or a directory that holds one;
             None where all sources are token files, whose own it then is.
-        sources: documents to train on, by the names that the shares of phases use.
+        sources: documents and synthetic tasks to train on, by the names that the shares of phases use.
         phases: one after the other.
         learning_rate: the peak that fractions in the phases are of.
         batch_size: rows of a step, on all devices together.
         length: tokens of a row.
-        optimizer: AdamW and its numbers.
+        optimizer: AdamW or Muon, by its `kind`, with its numbers and groups of parameters.
         seed: of the initial weights and the order of the data.
         dtype: of the weight matrices; vectors are float32.
         step: how a step is computed: its compute dtype, parts of a batch, what is kept for the backward pass.
@@ -145,12 +145,12 @@ class RunConfig:
     directory: str
     model: ModelConfig
     tokenizer: str | None = None
-    sources: Mapping[str, SourceConfig]
+    sources: Mapping[str, AnySource]
     phases: tuple[Phase, ...]
     learning_rate: float
     batch_size: int
     length: int
-    optimizer: AdamW = dataclasses.field(default_factory=AdamW)
+    optimizer: AdamW | Muon = dataclasses.field(default_factory=AdamW)
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
     step: StepConfig = dataclasses.field(default_factory=StepConfig)
@@ -218,7 +218,9 @@ def from_table(kind: type[T], table: object, place: str = "") -> T:
     """A dataclass from nested dicts and lists.
 
     Args:
-        kind: its fields may be dataclasses, numbers, texts, `Literal`, and mappings, tuples and unions of such.
+        kind: its fields may be dataclasses, numbers, texts, `Literal`, and mappings, tuples and unions of such. Of a
+            union of dataclasses the one is taken whose `kind`, a `Literal`, the table gives; without, the first one
+            if it has a default there.
         table: the values.
         place: where the table stands, for messages.
 
@@ -269,8 +271,10 @@ def _convert(kind: Any, value: Any, place: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return from_table(kind, value, place)  # type: ignore[arg-type]
     if origin in (Union, types.UnionType):
-        inner = next(argument for argument in arguments if argument is not types.NoneType)
-        return None if value is None else _convert(inner, value, place)
+        if value is None and types.NoneType in arguments:
+            return None
+        inner = [argument for argument in arguments if argument is not types.NoneType]
+        return _convert(inner[0] if len(inner) == 1 else _variant(inner, value, place), value, place)
     if origin is Literal:
         _require(value in arguments, place, value, f"one of {', '.join(map(str, arguments))}")
         return value
@@ -286,6 +290,19 @@ def _convert(kind: Any, value: Any, place: str) -> Any:
             _convert(kind, item, _join(place, str(i))) for i, (kind, item) in enumerate(zip(kinds, value, strict=True))
         )
     return _convert_scalar(kind, value, place)
+
+
+def _variant(kinds: Sequence[type], table: Any, place: str) -> type:
+    """The one of several dataclasses that a table is for."""
+    if not isinstance(table, Mapping):
+        raise ValueError(f"{place} is {table!r}: expected a table")
+    by_name = {name: kind for kind in kinds for name in get_args(get_type_hints(kind)["kind"])}
+    default = next(field.default for field in dataclasses.fields(kinds[0]) if field.name == "kind")
+    name = table.get("kind", default)
+    if name is dataclasses.MISSING:
+        raise ValueError(f"{_join(place, 'kind')} missing")
+    _require(isinstance(name, str) and name in by_name, _join(place, "kind"), name, f"one of {', '.join(by_name)}")
+    return by_name[name]
 
 
 def _convert_scalar(kind: type, value: Any, place: str) -> Any:

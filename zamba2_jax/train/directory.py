@@ -14,6 +14,7 @@ from zamba2_jax.config import Zamba2Config
 from zamba2_jax.train.config import EMBEDDED_TOKENIZER, RunConfig, differences, from_table
 from zamba2_jax.train.corpus import embedded_tokenizer
 from zamba2_jax.train.files import write_directory_atomically, write_json
+from zamba2_jax.train.sources import SourceConfig
 from zamba2_jax.train.tokenizer import copy_tokenizer, load_tokenizer, save_tokenizer
 
 CONFIG = "config.json"  # the RunConfig with all its defaults; written last, so that it says that a run is here
@@ -100,7 +101,11 @@ def _tokenizer_source(config: RunConfig) -> Path | None:
     """The tokenizer that the config names, or that is beside token files."""
     if config.tokenizer is not None:
         return Path(config.tokenizer)
-    beside = (Path(str(source.path)) for source in config.sources.values() if source.kind == "tokens")
+    beside = (
+        Path(str(source.path))
+        for source in config.sources.values()
+        if isinstance(source, SourceConfig) and source.kind == "tokens"
+    )
     return next((path for path in beside if (path / "tokenizer.json").is_file()), None)
 
 

@@ -22,16 +22,16 @@ from zamba2_jax.model import Zamba2
 from zamba2_jax.sharding import check_mesh
 from zamba2_jax.train import directory as layout
 from zamba2_jax.train.config import LoggingConfig, RunConfig
-from zamba2_jax.train.data import Batch, held_out
-from zamba2_jax.train.documents import Documents
+from zamba2_jax.train.data import Batch, Source, held_out
 from zamba2_jax.train.flops import peak_flops, train_flops
 from zamba2_jax.train.hosts import host_share, place, preemption, run_mesh
 from zamba2_jax.train.loop import AfterStep, DivergedError, Position, Stage, make_stages, train
 from zamba2_jax.train.metrics import JsonLines, Record, Report, TensorBoard, TrainRecord, tee
 from zamba2_jax.train.progress import ProgressView
 from zamba2_jax.train.schedule import boundaries, learning_rate
-from zamba2_jax.train.sources import SourceConfig, open_documents
+from zamba2_jax.train.stacks import parameter_names
 from zamba2_jax.train.step import TrainState, abstract_batch, abstract_state, compile_train_step, init_state
+from zamba2_jax.train.synthetic import AnySource, open_source
 
 
 def run(config: RunConfig, console: Console) -> bool:
@@ -107,10 +107,11 @@ def _prepare(config: RunConfig, directory: Path, console: Console) -> _Plan:
     check_mesh(architecture, mesh, batch=config.batch_size, length=config.length)
     console.print("Opening the data")
     tokenizer = layout.open_tokenizer(config, directory, architecture.vocab_size)
+    config.optimizer.check(parameter_names(jax.eval_shape(lambda: Zamba2(architecture, rngs=nnx.Rngs(0)))))
 
-    def open_all(sources: Mapping[str, SourceConfig]) -> dict[str, Documents]:
+    def open_all(sources: Mapping[str, AnySource]) -> dict[str, Source]:
         vocab_size = architecture.vocab_size
-        return {name: open_documents(source, tokenizer, vocab_size=vocab_size) for name, source in sources.items()}
+        return {name: open_source(source, tokenizer, vocab_size=vocab_size) for name, source in sources.items()}
 
     sizes = {"batch_size": config.batch_size, "length": config.length}
     stages = make_stages(

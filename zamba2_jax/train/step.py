@@ -171,8 +171,8 @@ def train_step(
     Args:
         state: where the run stands.
         batch: rows of packed documents.
-        optimizer: for a learning rate of 1; see `AdamW.transformation`. What it does is elementwise but for sums over
-            all parameters: on a TPU it is given `Stacks`.
+        optimizer: for a learning rate of 1; see `Optimizer.transformation`. It is told the step, as the argument `step`
+            of its update, and on a TPU given `Stacks`: what is not elementwise has to heed their first axes.
         schedule: the learning rate of a step, counted from 0.
         config: how it is computed.
         health_every: steps whose number, counted from 1, is a multiple of it measure `Health`; none by default.
@@ -180,30 +180,33 @@ def train_step(
     Raises:
         ValueError: `config.microbatches` does not divide the rows of the batch, or the mesh does not divide a part.
     """
-    measured = None if health_every is None else (state.step + 1) % health_every == 0
+    taken = state.step
+    measured = None if health_every is None else (taken + 1) % health_every == 0
     loss, gradient, calls = _observed_loss_and_gradient(state.model, batch, config, measured)
-    grad_norm, rate = optax.tree.norm(gradient), jnp.asarray(schedule(state.step))
+    grad_norm, rate = optax.tree.norm(gradient), jnp.asarray(schedule(taken))
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
     def advance(gradient: Any, before: tuple[Any, optax.OptState]) -> tuple[Any, optax.OptState]:
-        update, opt_state = optimizer.update(gradient, before[1], before[0])
+        told = optax.with_extra_args_support(optimizer)
+        update, opt_state = told.update(gradient, before[1], before[0], step=taken)
         model = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), before[0], update)
         return jax.tree.map(lambda new, old: jnp.where(finite, new, old), (model, opt_state), before)
 
-    def updated(gradient: Zamba2) -> tuple[Zamba2, optax.OptState]:
-        before = state.model, state.opt_state
-        if platform() != "tpu":
-            return advance(gradient, before)
-        stacking = Stacking(state.model)
-        return stacking.split(advance(*stacking.stack((gradient, before))))
-
-    health = None
+    before, stacking, health = (state.model, state.opt_state), Stacking(state.model), None
     if measured is not None:
-        # The update is computed once more, so as not to hold it; and before the one that takes over the old state.
-        of_groups = when(measured, lambda gradient: group_sizes(gradient, state.model, updated(gradient)[0]), gradient)
-        gradient, of_groups = jax.lax.optimization_barrier((gradient, of_groups))
-        health = jax.tree.map(lambda array: constrain(array, *[None] * array.ndim), Health(calls, *of_groups))
-    model, opt_state = updated(gradient)
+
+        def of_groups(gradient: Zamba2) -> tuple[dict[str, Array], ...]:
+            # The update once more, so as not to hold it; in stacks, which compile faster.
+            stacks, old = stacking.stack((gradient, before))
+            return group_sizes(stacks, old[0], advance(stacks, old)[0])
+
+        # Before the update that takes over the memory of the old state.
+        gradient, sizes = jax.lax.optimization_barrier((gradient, when(measured, of_groups, gradient)))
+        health = jax.tree.map(lambda array: constrain(array, *[None] * array.ndim), Health(calls, *sizes))
+    if platform() == "tpu":
+        model, opt_state = stacking.split(advance(*stacking.stack((gradient, before))))
+    else:
+        model, opt_state = advance(gradient, before)
     state = TrainState(
         step=state.step + 1,
         skipped=state.skipped + jnp.where(finite, 0, 1),
@@ -332,17 +335,9 @@ class BatchEvaluation:
 @partial(jax.jit, static_argnames="config")
 def eval_step(model: Zamba2, batch: Batch, config: StepConfig = DEFAULT) -> BatchEvaluation:
     """The loss of a batch, and what of it the model predicts."""
-    batch, weight = jax.tree.map(jnp.asarray, batch), _total_weight(model, batch)
-    loss, hits = prediction_share(
-        _hidden_states(model, batch, config)[0],
-        model.output_matrix,
-        batch.tokens,
-        batch.segment_ids,
-        batch.weights,
-        count=weight,
-        chunk_size=config.loss_chunk,
-    )
-    targets = target_weights(batch.tokens, batch.segment_ids, batch.weights) > 0
+    h, weight = _hidden_states(model, batch, config)[0], _total_weight(model, batch)
+    loss, hits = prediction_share(h, model.output_matrix, *_arrays(batch), count=weight, chunk_size=config.loss_chunk)
+    targets = target_weights(*_arrays(batch)) > 0
     return BatchEvaluation(loss=loss, weight=weight, hits=hits, targets=targets.sum())
 
 
@@ -368,18 +363,8 @@ def _loss_share(
     model: Zamba2, batch: Batch, count: Array, config: StepConfig, measured: Array | None
 ) -> tuple[Array, tuple[Array, CallSums | None]]:
     """What a batch adds to the mean over weights of `count`: with the z-loss; without it, and what the calls say."""
-    batch = jax.tree.map(jnp.asarray, batch)
-    h, calls = _hidden_states(model, batch, config, measured)
-    objective, loss = loss_share(
-        h,
-        model.output_matrix,
-        batch.tokens,
-        batch.segment_ids,
-        batch.weights,
-        count=count,
-        z_loss=config.z_loss,
-        chunk_size=config.loss_chunk,
-    )
+    (h, calls), w, size = _hidden_states(model, batch, config, measured), model.output_matrix, config.loss_chunk
+    objective, loss = loss_share(h, w, *_arrays(batch), count=count, z_loss=config.z_loss, chunk_size=size)
     return objective, (loss, calls)
 
 
@@ -389,10 +374,11 @@ def _hidden_states(
     scan = config.scan_layers
     if scan is None:
         scan = model.config.num_layers >= SCANNED_FROM and platform() != "gpu"
+    tokens, segment_ids, _ = _arrays(batch)
     return hidden_states(
         model,
-        batch.tokens,
-        batch.segment_ids,
+        tokens,
+        segment_ids,
         remat=config.remat,
         scan=scan,
         dtype=config.compute_dtype,
@@ -410,8 +396,13 @@ def _return_freed_memory() -> None:
 
 def _total_weight(model: Zamba2, batch: Batch) -> Array:
     """Of the tokens predicted; their number where the batch has no weights."""
-    batch = jax.tree.map(jnp.asarray, batch)
-    return target_weights(batch.tokens, batch.segment_ids, batch.weights, at_least_fp32(model.dtype)).sum()
+    return target_weights(*_arrays(batch), at_least_fp32(model.dtype)).sum()
+
+
+def _arrays(batch: Batch) -> tuple[Array, Array, Array | None]:
+    """Tokens, segment ids and weights for JAX."""
+    weights = None if batch.weights is None else jnp.asarray(batch.weights)
+    return jnp.asarray(batch.tokens), jnp.asarray(batch.segment_ids), weights
 
 
 def _split(batch: Batch, parts: int) -> Batch:
