@@ -180,7 +180,7 @@ def worst(record: HealthRecord) -> str:
     if record.calls:
         middle = math.sqrt(DROWNS * IDLE)
         layer = max(record.calls, key=lambda layer: abs(math.log(max(record.calls[layer].ratio, 1e-30) / middle)))
-        texts.append(f"shared/residual {record.calls[layer].ratio:.2g} in {layer}")
+        texts.append(f"shared/residual {record.calls[layer].ratio:.3g} in {layer}")
         layer = max(record.calls, key=lambda layer: min(record.calls[layer].entropy))
         texts.append(f"attention {min(record.calls[layer].entropy):.2f} uniform in {layer}")
     group = min(record.groups, key=lambda group: record.groups[group].step)
