@@ -2,18 +2,18 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from fnmatch import fnmatchcase
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from zamba2_jax.model.parameter import named_parameters
 from zamba2_jax.model.stack import ObservedCall
-from zamba2_jax.model.zamba2 import Zamba2
 from zamba2_jax.ops.attention_entropy import attention_entropy
 from zamba2_jax.train.metrics import CallHealth, GroupHealth, HealthRecord
+from zamba2_jax.train.patterns import matches
+from zamba2_jax.train.stacks import leaves_of
 from zamba2_jax.typing import Array, Float, at_least_fp32
 
 GROUPS = {
@@ -39,7 +39,7 @@ STOPPED = 1e-3
 IN_A_ROW = 3
 """Measurements in a row that a fault has to stay for before it is said."""
 SETTLED = 0.1
-"""Share of a run for which besides a call has to be idle, or attention uniform, as they are at initialisation."""
+"""Share of a run that it has to stay for besides, if a run may begin with it."""
 
 PAGE = "docs/health.md"
 
@@ -103,12 +103,17 @@ def call_sums(call: ObservedCall, scale: float) -> CallSums:
     )
 
 
-def group_sizes(gradient: Zamba2, before: Zamba2, after: Zamba2) -> tuple[dict[str, Array], ...]:
-    """The `gradients`, `updates` and `steps` of `Health`, from the parameters before and after a step."""
+def group_sizes(gradient: Any, before: Any, after: Any) -> tuple[dict[str, Array], ...]:
+    """The `gradients`, `updates` and `steps` of `Health`.
+
+    Args:
+        gradient: a tree of parameters, or of their `Stacks`.
+        before, after: the parameters before and after the step, in the same form.
+    """
     change = jax.tree.map(lambda new, old: new.astype(at_least_fp32(new.dtype)) - old, after, before)
     sizes: dict[str, int] = {}
-    for name, parameter in named_parameters(before).items():
-        sizes[group_of(name)] = sizes.get(group_of(name), 0) + parameter.size
+    for group, array in _by_group(before):
+        sizes[group] = sizes.get(group, 0) + array.size
     gradients, weights, changes = map(_norms, (gradient, before, change))
     updates = {group: changes[group] / jnp.maximum(weights[group], 1e-30) for group in sizes}
     return gradients, updates, {group: changes[group] / math.sqrt(sizes[group]) for group in sizes}
@@ -116,17 +121,22 @@ def group_sizes(gradient: Zamba2, before: Zamba2, after: Zamba2) -> tuple[dict[s
 
 def group_of(name: str) -> str:
     """The group of a parameter, by its path; see `GROUPS`."""
-    return next(group for pattern, group in GROUPS.items() if fnmatchcase(name, pattern))
+    return next(group for pattern, group in GROUPS.items() if matches(name, pattern))
 
 
-def _norms(tree: Zamba2) -> dict[str, Array]:
+def _norms(tree: Any) -> dict[str, Array]:
     """Of each group."""
     squares: dict[str, Array] = {}
-    for name, parameter in named_parameters(tree).items():
-        array, group = parameter[...], group_of(name)
+    for group, array in _by_group(tree):
         square = jnp.sum(jnp.square(array.astype(at_least_fp32(array.dtype))))
         squares[group] = squares[group] + square if group in squares else square
     return {group: jnp.sqrt(square) for group, square in squares.items()}
+
+
+def _by_group(tree: Any) -> list[tuple[str, Array]]:
+    """Every array with its group; a stack holds parameters that are alike, and so of one group."""
+    leaves = jax.tree.leaves(leaves_of(tree))
+    return [(group_of(leaf.names[0]), array) for leaf, array in zip(leaves, jax.tree.leaves(tree), strict=True)]
 
 
 def health_record(health: Health, layers: Sequence[int], *, phase: str, step: int, rate: float) -> HealthRecord:
@@ -170,7 +180,7 @@ def worst(record: HealthRecord) -> str:
     if record.calls:
         middle = math.sqrt(DROWNS * IDLE)
         layer = max(record.calls, key=lambda layer: abs(math.log(max(record.calls[layer].ratio, 1e-30) / middle)))
-        texts.append(f"shared/residual {record.calls[layer].ratio:.2g} in {layer}")
+        texts.append(f"shared/residual {record.calls[layer].ratio:.3g} in {layer}")
         layer = max(record.calls, key=lambda layer: min(record.calls[layer].entropy))
         texts.append(f"attention {min(record.calls[layer].entropy):.2f} uniform in {layer}")
     group = min(record.groups, key=lambda group: record.groups[group].step)
@@ -201,8 +211,8 @@ class HealthWatch:
         return len(steps) >= IN_A_ROW and settled
 
 
-_AS_AT_FIRST = ("idle", "uniform")
-"""Faults that every model has at initialisation."""
+_AS_AT_FIRST = ("idle", "uniform", "stopped")
+"""Faults that a model has at initialisation, or where the learning rate of a group is delayed."""
 
 
 def _faults(record: HealthRecord) -> Iterator[tuple[str, str]]:

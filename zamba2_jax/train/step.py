@@ -196,20 +196,21 @@ def train_step(
         )
         return jax.tree.map(lambda new, old: jnp.where(finite, new, old), (model, opt_state), before)
 
-    def updated(gradient: Zamba2) -> tuple[Zamba2, optax.OptState]:
-        before = state.model, state.opt_state
-        if platform() != "tpu":
-            return advance(gradient, before)
-        stacking = Stacking(state.model)
-        return stacking.split(advance(*stacking.stack((gradient, before))))
-
-    health = None
+    before, stacking, health = (state.model, state.opt_state), Stacking(state.model), None
     if measured is not None:
-        # The update is computed once more, so as not to hold it; and before the one that takes over the old state.
-        of_groups = when(measured, lambda gradient: group_sizes(gradient, state.model, updated(gradient)[0]), gradient)
-        gradient, of_groups = jax.lax.optimization_barrier((gradient, of_groups))
-        health = jax.tree.map(lambda array: constrain(array, *[None] * array.ndim), Health(calls, *of_groups))
-    model, opt_state = updated(gradient)
+
+        def of_groups(gradient: Zamba2) -> tuple[dict[str, Array], ...]:
+            # The update once more, so as not to hold it; in stacks, which compile faster.
+            stacks, old = stacking.stack((gradient, before))
+            return group_sizes(stacks, old[0], advance(stacks, old)[0])
+
+        # Before the update that takes over the memory of the old state.
+        gradient, sizes = jax.lax.optimization_barrier((gradient, when(measured, of_groups, gradient)))
+        health = jax.tree.map(lambda array: constrain(array, *[None] * array.ndim), Health(calls, *sizes))
+    if platform() == "tpu":
+        model, opt_state = stacking.split(advance(*stacking.stack((gradient, before))))
+    else:
+        model, opt_state = advance(gradient, before)
     state = TrainState(
         step=state.step + 1,
         skipped=state.skipped + jnp.where(finite, 0, 1),
