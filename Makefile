@@ -5,10 +5,14 @@ export JAX_PLATFORMS ?= cpu
 # Large pages: XLA takes fresh memory at every call, and the faults of small ones are a third of a step.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo test test-full lint clean
+.PHONY: demo check test test-full lint clean clean-cache
 
 demo: .venv/base
 	$(BIN)/zamba2 demo
+
+# What a change is checked with while it is made: a core of the tests.
+check: lint
+	$(BIN)/pytest -n 2 --dist worksteal @tests/core.txt
 
 test: lint
 	$(BIN)/pytest -n 2 --dist worksteal
@@ -36,3 +40,7 @@ lint: .venv/dev
 
 clean:
 	rm -rf .venv demo-output .mypy_cache .pytest_cache .ruff_cache
+
+# The programs that the tests have compiled, in the user's cache, for all clones.
+clean-cache:
+	rm -rf "$${XDG_CACHE_HOME:-$$HOME/.cache}/zamba2-jax/tests"

@@ -1,6 +1,13 @@
-"""What every test runs under: eight fake CPU devices, and the shapes in every signature checked at every call."""
+"""What every test runs under: eight fake CPU devices, and the shapes in every signature checked at every call.
+
+All of it is set in the environment before JAX is imported, so that the processes and the notebooks that tests start
+run under the same.
+"""
 
 import os
+from pathlib import Path
+
+from tests.compiled import CACHE, CACHE_BYTES, shrink
 
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -8,14 +15,16 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # rounding is measured does it matter: see parity/conftest.py.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
-import pathlib
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
 import jaxtyping
 import pytest
 from jax.experimental import topologies
 
-PACKAGE = pathlib.Path(__file__).parent.parent / "zamba2_jax"
+PACKAGE = Path(__file__).parent.parent / "zamba2_jax"
 
 # Not the cache: its dataclasses also hold shapes and shardings, under `jax.eval_shape` for one.
 CHECKED = [
@@ -25,6 +34,11 @@ CHECKED.remove("zamba2_jax.model.cache")
 jaxtyping.install_import_hook(
     [*CHECKED, "zamba2_jax.generate.decode", "zamba2_jax.generate.score"], "beartype.beartype"
 )
+
+
+def pytest_sessionstart(session):
+    if not hasattr(session.config, "workerinput"):  # once, not in every process of pytest-xdist
+        shrink(CACHE, CACHE_BYTES)
 
 
 @pytest.fixture

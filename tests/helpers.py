@@ -2,12 +2,14 @@
 
 import dataclasses
 import sys
+from contextlib import contextmanager
 from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
 
 from zamba2_jax import Zamba2, Zamba2Config
 
@@ -98,3 +100,24 @@ def for_a_gpu(kind="NVIDIA H200"):
     """A context in which programs are lowered for a GPU that is not there."""
     device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=None, platform="gpu")
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
+
+
+@contextmanager
+def compiled_anew(directory):
+    """In it no program is one of an earlier run, for tests of what the compiler makes of it.
+
+    Args:
+        directory: new; where programs are kept meanwhile.
+    """
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        _keep_programs_in(directory)
+        yield
+    finally:
+        _keep_programs_in(before)
+
+
+def _keep_programs_in(directory):
+    jax.config.update("jax_compilation_cache_dir", str(directory))
+    compilation_cache.reset_cache()  # it asks for the directory once
+    jax.clear_caches()

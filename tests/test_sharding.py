@@ -17,7 +17,7 @@ from zamba2_jax.model.parameter import named_parameters
 from zamba2_jax.sharding import MESH_AXES, check_mesh, constrain, gather_parameters, make_mesh, shard_model
 from zamba2_jax.train.data import Batch
 from zamba2_jax.train.optimizer import AdamW
-from zamba2_jax.train.step import StepConfig, compile_train_step, init_state
+from zamba2_jax.train.step import StepConfig, compile_train_step, eval_step, init_state
 from zamba2_jax.train.step import loss_and_gradient as step_gradient
 
 # What eight devices divide; all sizes different, and 56 nothing but the vocabulary.
@@ -145,6 +145,12 @@ def packed_rows():
     return random_tokens(EIGHT, 8, LENGTH), jnp.asarray(rows, jnp.int32)
 
 
+def weighted_rows():
+    """As a batch, in which a third of the tokens is context alone."""
+    weights = np.random.default_rng(1).uniform(size=(8, LENGTH)) * (np.arange(LENGTH) % 3 != 1)
+    return Batch(*packed_rows(), weights.astype(np.float32))
+
+
 @jax.jit
 def loss_and_gradient(model, tokens, segment_ids):
     return jax.value_and_grad(lambda model: next_token_loss(model, tokens, segment_ids, chunk_size=5), has_aux=True)(
@@ -171,9 +177,10 @@ def test_loss_and_gradient_are_those_of_one_device(x64, sizes, config):
 
 
 def test_layers_by_a_scan_are_those_of_one_device(x64):
-    config = dataclasses.replace(EIGHT, num_layers=4, hybrid_layer_ids=(1, 3), num_shared_blocks=2)
-    model, batch = random_model(config, jnp.float64), Batch(*packed_rows())
-    step = jax.jit(lambda model: step_gradient(model, batch, StepConfig(scan_layers=True, remat="layer")))
+    config = dataclasses.replace(EIGHT, num_layers=2, hybrid_layer_ids=(0, 1))
+    model, batch = random_model(config, jnp.float64), weighted_rows()
+    options = StepConfig(scan_layers=True, remat="layer")
+    step = jax.jit(lambda model: (step_gradient(model, batch, options), eval_step(model, batch, options)))
     expected, mesh = step(model), mesh_of((1, 2, 2, 2))
     with jax.set_mesh(mesh):
         assert_close(step(shard_model(model, mesh)), expected, 1e-12)
@@ -181,7 +188,7 @@ def test_layers_by_a_scan_are_those_of_one_device(x64):
 
 def test_gradients_of_rows_on_devices_are_summed_once(x64):
     """On a mesh of rows alone, in parts: the numbers of one device, and no sum over devices for each part."""
-    model, batch = random_model(EIGHT, jnp.float64), Batch(*packed_rows())
+    model, batch = random_model(EIGHT, jnp.float64), weighted_rows()
     step = jax.jit(lambda model: step_gradient(model, batch, StepConfig(microbatches=2)))
     expected, mesh = step(model), make_mesh(data=4)
     with jax.set_mesh(mesh):

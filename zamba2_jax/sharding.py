@@ -118,6 +118,8 @@ def abstract_on_mesh(tree: Tree, mesh: Mesh) -> Tree:
     """
 
     def placed(leaf):
+        if _is_masked(leaf):
+            return leaf
         if isinstance(leaf, nnx.Param):
             return leaf.replace(_abstract(leaf, parameter_sharding(leaf, mesh)))
         return _abstract(leaf, NamedSharding(mesh, PartitionSpec()))
@@ -252,9 +254,16 @@ def _abstract(like: jax.ShapeDtypeStruct | nnx.Param, sharding: NamedSharding) -
 
 def _map_parameters(function: Callable[[Array, nnx.Param], Array], tree: Tree) -> Tree:
     def place(leaf):
-        return leaf.replace(function(leaf.get_value(), leaf)) if isinstance(leaf, nnx.Param) else leaf
+        if not isinstance(leaf, nnx.Param) or _is_masked(leaf):
+            return leaf
+        return leaf.replace(function(leaf.get_value(), leaf))
 
     return jax.tree.map(place, tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
+
+
+def _is_masked(leaf: object) -> bool:
+    """Whether it is a parameter without an array, as optax leaves where a state has none for it."""
+    return isinstance(leaf, nnx.Param) and not jax.tree.leaves(leaf)
 
 
 def _mesh_axes(axis: str | None) -> tuple[str, ...]:

@@ -186,8 +186,9 @@ def test_files_that_transformers_split_load_as_one(tmp_path, reference):
 
 @every_variant
 def test_transformers_computes_the_same_from_what_is_saved(tmp_path, torch, transformers, config):
-    model = random_model(dataclasses.replace(config, time_step_min=1e-30))  # transformers 5 clamps dt to it
-    directory = saved(tmp_path / "saved", model, max_shard_size=50_000)
+    model = random_model(config)
+    directory = saved(tmp_path / "saved", model, max_shard_size=50_000, time_step_min=1e-30)
+    assert load_hf(directory).config == dataclasses.replace(config, time_step_min=1e-30)
     theirs, info = transformers.Zamba2ForCausalLM.from_pretrained(directory, output_loading_info=True)
     assert {kind: names for kind, names in info.items() if names} == {}
     tokens = random_tokens(config, 2, 19)

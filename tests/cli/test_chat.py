@@ -9,7 +9,7 @@ import time
 import pytest
 
 from tests.generate.checkpoints import write_checkpoint
-from zamba2_jax.cli import options
+from zamba2_jax.checkpoint import hf
 from zamba2_jax.cli.chat import HELP
 from zamba2_jax.cli.main import main
 from zamba2_jax.text.tokenizer import load_tokenizer
@@ -97,7 +97,7 @@ def test_errors_come_before_the_weights_are_read(directory, monkeypatch, tmp_pat
     def load_hf(*arguments, **options):
         raise AssertionError("the weights were read")
 
-    monkeypatch.setattr(options, "load_hf", load_hf)
+    monkeypatch.setattr(hf, "load_hf", load_hf)
     (tmp_path / "broken.jinja").write_text("{% if %}{")
     (tmp_path / "no_system.jinja").write_text("{{ raise_exception('no') if messages[0].role == 'system' }}")
     write_checkpoint(tmp_path / "plain", template=None)

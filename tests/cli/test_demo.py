@@ -1,8 +1,6 @@
 import dataclasses
 import importlib
 import json
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -48,7 +46,7 @@ def test_a_miniature_run(small_preset, tmp_path, capsys):
     assert (out / "samples.txt").read_text().startswith("The class")
 
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert {record["kind"] for record in records} == {"train", "eval"}
+    assert {record["kind"] for record in records} == {"train", "eval"}  # too short a run to measure its health
     assert records[-1]["loss"] == losses["annealing"]["nats_per_token"]
 
     model = load_hf(out / "hf")
@@ -145,18 +143,3 @@ def test_an_unknown_command_is_refused(capsys):
         main(["dmeo"])
     assert exit_.value.code == 2
     assert "demo" in capsys.readouterr().err
-
-
-def test_only_the_command_asked_for_is_imported():
-    script = """
-import sys
-from zamba2_jax.cli.main import COMMANDS, main
-try:
-    main([*sys.argv[1:], "--help"])
-except SystemExit:
-    pass
-print(sorted({"torch", "transformers", "orbax", "matplotlib"} & set(sys.modules)), file=sys.stderr)
-"""
-    for words, heavy in (([], "[]"), (["demo"], "['matplotlib', 'orbax']")):
-        done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=True)
-        assert done.stderr.strip().splitlines()[-1] == heavy

@@ -12,6 +12,7 @@ import pytest
 from tests.generate.checkpoints import write_checkpoint
 from tests.helpers import COMMAND
 from zamba2_jax import generate, load_hf
+from zamba2_jax.checkpoint import hf
 from zamba2_jax.cli import options
 from zamba2_jax.cli.main import main
 from zamba2_jax.text.tokenizer import load_tokenizer
@@ -146,7 +147,7 @@ def test_errors_come_before_the_weights_are_read(call, directory, monkeypatch, t
     def load_hf(*arguments, **options):
         raise AssertionError("the weights were read")
 
-    monkeypatch.setattr(options, "load_hf", load_hf)
+    monkeypatch.setattr(hf, "load_hf", load_hf)
     (tmp_path / "in.jsonl").write_text('{"tokens": [290]}')
     for name, files in {"bare": ["config.json"], "mute": ["config.json", "model.safetensors"]}.items():
         (tmp_path / name).mkdir()

@@ -5,24 +5,27 @@ import pytest
 
 from tests.helpers import TINY, abstract_model
 from zamba2_jax.cli.main import main
+from zamba2_jax.config import PRESETS
 from zamba2_jax.model.parameter import named_parameters
 from zamba2_jax.plan.chips import describe_slice
 from zamba2_jax.plan.estimate import Job
 from zamba2_jax.plan.search import candidates
 from zamba2_jax.train.step import StepConfig
 
-TINY_STEP = ["plan", "--preset", "zamba2-tiny", "--topology", "cpu:8", "--seq", "12"]
+SMALL = dataclasses.replace(TINY, num_layers=2, hybrid_layer_ids=(1,), num_shared_blocks=1)
+STEP = ["plan", "--topology", "cpu:8", "--seq", "12", "--batch", "16", "--preset"]
 
 
-def test_plans_for_eight_cpu_devices(tmp_path, capsys):
+def test_plans_for_eight_cpu_devices(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(PRESETS, "small", SMALL)
     path = tmp_path / "plan.json"
-    words = ["--batch", "16", "--mesh", "data=2,fsdp=4", "--microbatches", "2", "--json", str(path)]
-    assert main([*TINY_STEP, *words]) == 0
+    words = ["--mesh", "data=2,fsdp=4", "--microbatches", "2", "--json", str(path)]
+    assert main([*STEP, "small", *words]) == 0
     printed = capsys.readouterr().out
     (label, found), *others = json.loads(path.read_text()).items()
     assert not others
     assert label == "data=2,fsdp=4 remat=layer"
-    parameters = named_parameters(abstract_model(TINY)).values()
+    parameters = named_parameters(abstract_model(SMALL)).values()
     divided = sum(p.get_value().size for p in parameters if {"d_model", "attention_in", "adapter_out"} & set(p.axes))
     whole = sum(p.get_value().size for p in parameters) - divided
     assert found["parameters"] == 4 * (divided // 4 + whole)
@@ -52,7 +55,7 @@ def test_plans_for_eight_cpu_devices(tmp_path, capsys):
     ],
 )
 def test_wrong_options_are_named(capsys, words, message):
-    assert main([*TINY_STEP, "--batch", "16", *words]) == 2
+    assert main([*STEP, "zamba2-tiny", *words]) == 2
     assert message in capsys.readouterr().err
 
 

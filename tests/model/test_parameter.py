@@ -6,10 +6,12 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 
 from tests.helpers import SMALL
-from zamba2_jax import Zamba2
+from zamba2_jax import Zamba2, Zamba2Config
+from zamba2_jax.model.parameter import named_parameters
 
 CONFIG = dataclasses.replace(SMALL, mamba_heads=48, num_layers=4, add_bias_linear=True, initializer_range=0.05)
 
@@ -48,6 +50,38 @@ def test_statistics_of_fresh_parameters():
     again, other = fresh(0), fresh(1)
     assert all((a == b).all() for a, b in zip(*map(jax.tree.leaves, (model, again)), strict=True))
     assert not (model.embed[...] == other.embed[...]).any()
+
+
+def test_a_model_is_shown_on_a_page():
+    model = fresh(0)
+    text = repr(model)
+    assert str(model) == text
+    assert f"embed: float32[{CONFIG.vocab_size}, {CONFIG.hidden_size}]" in text
+    assert f"layers.[0-3].mamba.A_log: 4 x float32[{CONFIG.mamba_heads}]" in text
+    assert f"shared.0.norm: float32[{CONFIG.attention_size}]" in text
+    large = repr(jax.eval_shape(lambda: Zamba2(Zamba2Config.preset("zamba2-7b"), rngs=nnx.Rngs(0))))
+    assert "layers.[0-80].mamba.D: 81 x float32[112]" in large
+    assert large.count("\n") < 60
+    assert "calls.[0-1].linear: 2 x 'slow'" in repr(jax.tree.map(lambda leaf: "slow", model))
+
+
+def test_optax_takes_labels_and_masks_as_the_documentation_says():
+    model = jax.tree.map(jnp.ones_like, fresh(0))
+
+    def labels(model):
+        return jax.tree.map(lambda leaf: "vector" if leaf.ndim == 1 else "matrix", model)
+
+    def mask(model):
+        return jax.tree.map(lambda leaf: leaf.ndim > 1, model)
+
+    optimizer = optax.chain(
+        optax.multi_transform({"matrix": optax.scale(2.0), "vector": optax.scale(3.0)}, labels),
+        optax.masked(optax.scale(5.0), mask),
+    )
+    update, _ = jax.jit(lambda model: optimizer.update(model, optimizer.init(model), model))(model)
+    expected = {"embed": 10.0, "norm": 3.0, "layers.0.mamba.in_z": 10.0}
+    for name, factor in expected.items():
+        np.testing.assert_array_equal(named_parameters(update)[name][...], factor)
 
 
 def test_dt_starts_at_the_floor_or_above():

@@ -51,6 +51,15 @@ def test_capture_sees_what_flows_and_changes_nothing(model, tokens):
         assert_close(state.ssm, seen[f"layers.{layer}.mamba.ssm_state"], 1e-5)
 
 
+def test_patterns_select_what_the_documentation_says(model, tokens):
+    def selected(*select):
+        return set(jax.eval_shape(partial(capture, select=select), model, tokens)[1])
+
+    assert selected("*.attention.q") == {f"layers.{layer}.shared.attention.q" for layer in (0, 2)}
+    assert selected("layers.?.output") == {f"layers.{layer}.output" for layer in range(3)}
+    assert selected("layers.*.output") > {"layers.0.output", "layers.1.mamba.output", "layers.2.shared.mlp.output"}
+
+
 def test_an_ablated_call_is_a_call_with_no_weights(model, tokens):
     """Of the two calls, one is silenced, the other not; in the model itself by its linear map."""
     edits = {"layers.2.shared.output": jnp.zeros_like}

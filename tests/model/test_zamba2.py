@@ -25,6 +25,8 @@ VARIANTS = {
     ),
 }
 
+COMPILED = "two blocks, one group, no q/k/v adapters"
+
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_equals_the_reference(x64, variant):
@@ -48,8 +50,9 @@ def test_what_all_calls_share_is_projected_once_and_what_a_tap_puts_in_its_place
     )
     products = [str(trace.jaxpr).count("dot_general") for trace in (plain, edited)]
     assert products[1] == products[0] + 3 * model.config.num_calls
-    plain, edited = (trace.lower().compile()(model, tokens) for trace in (plain, edited))
-    assert_close(edited, plain, 1e-12)
+    if variant == COMPILED:
+        plain, edited = (trace.lower().compile()(model, tokens) for trace in (plain, edited))
+        assert_close(edited, plain, 1e-12)
 
 
 def test_rows_longer_than_a_chunk_of_the_scan(x64):
@@ -93,21 +96,22 @@ def test_embeddings_in_place_of_tokens():
 
 
 def test_a_shared_block_is_stored_once_and_serves_all_its_calls():
-    """Layers 1, 3 and 4 of the tiny model call blocks 0, 1 and 0."""
-    model, tokens = random_model(TINY), random_tokens(TINY, 2, 8)
+    """Layers 0, 2 and 3 call blocks 0, 1 and 0."""
+    config = dataclasses.replace(TINY, num_layers=4, hybrid_layer_ids=(0, 2, 3))
+    model, tokens = random_model(config), random_tokens(config, 2, 8)
     per_block = 2 + 7 + 3  # norms, attention, MLP
     assert len(jax.tree.leaves(model.shared)) == 2 * per_block
     per_layer, per_call = 14, 6 + 3 + 1  # the latter: adapters of q, k, v and of the MLP; the linear map
-    assert len(jax.tree.leaves(model)) == 2 + 7 * per_layer + 2 * per_block + 3 * per_call
+    assert len(jax.tree.leaves(model)) == 2 + 4 * per_layer + 2 * per_block + 3 * per_call
 
     silenced = jax.jit(lambda model: capture(model, tokens, select=("layers.*.shared.output",))[1])
-    for block, layers in ((0, {1, 4}), (1, {3})):
+    for block, layers in ((0, {0, 3}), (1, {2})):
         down = model.shared[block].mlp.down
         kept = down[...]
         down[...] = jnp.zeros_like(kept)
         outputs = silenced(model)
         down[...] = kept
-        assert {layer for layer in (1, 3, 4) if not outputs[f"layers.{layer}.shared.output"].any()} == layers
+        assert {layer for layer in (0, 2, 3) if not outputs[f"layers.{layer}.shared.output"].any()} == layers
 
 
 def test_bfloat16_is_near_float32():

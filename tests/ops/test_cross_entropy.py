@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import assert_close, assert_finite, normal
-from zamba2_jax.ops import cross_entropy
+from zamba2_jax.ops import cross_entropy, predictions
 
 b, t, d, v = 2, 7, 5, 11
 
@@ -41,6 +41,18 @@ def test_value_and_gradients(x64, chunk_size, z_loss):
     assert_close(value_and_gradients(*arguments(), chunk_size=chunk_size, z_loss=z_loss), expected, 1e-13)
     options = {"chunk_size": chunk_size, "z_loss": z_loss}
     assert_close(cross_entropy(*arguments(), **options), plain(*arguments(), z_loss), 1e-13)
+
+
+@pytest.mark.parametrize("chunk_size", [3, 256])
+def test_predictions(x64, chunk_size):
+    h, w, targets, weights = arguments()
+    likeliest = jnp.argmax(h @ w.T, axis=-1)
+    targets = targets.at[0, 2:5].set(likeliest[0, 2:5]).at[1].set(likeliest[1])  # of weights above 0, but for [0, 3]
+    nll, hits = jax.jit(predictions, static_argnames="chunk_size")(h, w, targets, weights, chunk_size=chunk_size)
+    assert_close(nll, plain(h, w, targets, weights)[1], 1e-13)
+    assert hits == np.sum((likeliest == targets) & (weights > 0)) >= 2
+    flat = predictions(h, jnp.zeros_like(w), targets.at[0, 0].set(0), weights)[1]
+    assert flat == np.sum((targets.at[0, 0].set(0) == 0) & (weights > 0))  # all are equal: the first counts
 
 
 def test_no_gradient_flows_through_the_second_sum():

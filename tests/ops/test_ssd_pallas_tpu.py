@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.helpers import assert_finite
+from tests.helpers import as_dtype, assert_finite
 from zamba2_jax import Zamba2Config
 from zamba2_jax.ops.decay import log_decays
 from zamba2_jax.ops.ssd_pallas_tpu import Tiling, choose_tiling, ssd_pallas_tpu, tiled_ssd
@@ -71,11 +71,9 @@ def errors(function, inputs, dtype=jnp.float32):
     weights = random_weights(inputs)
     got = results(function, low, weights)
     with jax.enable_x64(True):
-        expected = results(oracle, *jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), (low, weights)))
-        differences = jax.tree.map(
-            lambda a, e: float(jnp.linalg.norm(a.astype(jnp.float64) - e) / jnp.linalg.norm(e)), got, expected
-        )
-    return differences
+        expected = jax.device_get(results(oracle, *as_dtype((low, weights), jnp.float64)))
+    got = jax.device_get(got)
+    return jax.tree.map(lambda a, e: np.linalg.norm(np.float64(a) - e) / np.linalg.norm(e), got, expected)
 
 
 # Several chunks per step, steps, blocks per group, groups; 16 heads, 2 heads and 1 head per 128 channels.

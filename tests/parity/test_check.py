@@ -16,31 +16,39 @@ from zamba2_jax.parity.ours import random_model
 from zamba2_jax.parity.streaming import check_streaming
 
 SMALL = dataclasses.replace(VARIANTS["7b-miniature"].config, num_layers=2, hybrid_layer_ids=(0, 1))
+LENGTH = 21
+"""The same for all tests of the small model, so that they share their programs."""
 
-
-QUICK = ("linear-biases", "left-padding")
-"""Variants that between them have every kind of parameter and of input."""
+QUICK = {"linear-biases": True, "left-padding": False}
+"""Variants that between them have every kind of parameter and of input, and whether their gradients are compared."""
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in VARIANTS]
+    ("name", "gradients"),
+    [*QUICK.items(), *(pytest.param(name, True, marks=pytest.mark.slow) for name in VARIANTS if not QUICK.get(name))],
 )
-def test_variant_is_within_the_limits_in_float32(name):
-    report = check(VARIANTS[name], new_tokens=12)
+def test_variant_is_within_the_limits_in_float32(name, gradients):
+    report = check(VARIANTS[name], new_tokens=12, gradients=gradients)
     assert report.failures == ()
-    assert {row.group for row in report.rows} == set(GROUPS)
+    assert {row.group for row in report.rows} == set(GROUPS) - (set() if gradients else {"gradient"})
     config = VARIANTS[name].config
     assert sum(row.group == "layer" for row in report.rows) == config.num_layers
     assert sum(row.group == "ssm_state" for row in report.rows) == config.num_layers
 
 
-@pytest.mark.parametrize("name", ["1.2b-miniature", pytest.param("7b-miniature", marks=pytest.mark.slow)])
-def test_variant_is_within_the_limits_in_bfloat16(name):
-    assert check(VARIANTS[name], dtype="bfloat16", new_tokens=2).failures == ()
+@pytest.mark.parametrize(
+    ("name", "gradients"),
+    [
+        ("1.2b-miniature", False),
+        *(pytest.param(name, True, marks=pytest.mark.slow) for name in ("1.2b-miniature", "7b-miniature")),
+    ],
+)
+def test_variant_is_within_the_limits_in_bfloat16(name, gradients):
+    assert check(VARIANTS[name], dtype="bfloat16", new_tokens=2, gradients=gradients).failures == ()
 
 
 def test_streaming_agrees_with_the_whole_model(tmp_path):
-    case = Case("streamed", SMALL, seq=21)
+    case = Case("streamed", SMALL, seq=LENGTH)
     save_hf(random_model(SMALL, seed=0), tmp_path / "model")
     whole = {row.name: row for row in check(case, new_tokens=2).rows}
     for directory in (None, tmp_path / "model"):
@@ -63,7 +71,7 @@ def test_a_wrong_model_fails_and_the_command_says_so(monkeypatch, tmp_path, caps
     real_rotate = shared.rotate
     monkeypatch.setattr(shared, "rotate", lambda x, positions, base: real_rotate(x, positions, base * 1.01))
     out = tmp_path / "report.json"
-    options = Parity(model=tmp_path / "model", batch=8, seq=9, new_tokens=2, gradients=False, json=out)
+    options = Parity(model=tmp_path / "model", batch=8, seq=LENGTH, new_tokens=2, gradients=False, json=out)
     assert options.run() == 1
     assert "beyond the limits" in capsys.readouterr().out
     (report,) = json.loads(out.read_text())
@@ -73,7 +81,7 @@ def test_a_wrong_model_fails_and_the_command_says_so(monkeypatch, tmp_path, caps
 
 def test_the_command_succeeds_on_a_checkpoint_and_prints_every_row(tmp_path, capsys):
     save_hf(random_model(SMALL, seed=0), tmp_path / "model")
-    assert Parity(model=tmp_path / "model", batch=8, seq=9, new_tokens=2).run() == 0
+    assert Parity(model=tmp_path / "model", batch=8, seq=LENGTH, new_tokens=2).run() == 0
     printed = capsys.readouterr().out
     for word in (
         "embed",
@@ -104,7 +112,7 @@ def test_bad_options_are_refused_before_anything_runs(options, message):
 
 
 def test_without_gradients_all_else_is_compared():
-    case = Case("forward", SMALL, seq=9)
+    case = Case("forward", SMALL, seq=LENGTH)
     for report in (check(case, new_tokens=2, gradients=False), check_streaming(case, gradients=False)):
         assert report.failures == ()
         assert {row.group for row in report.rows} == set(GROUPS) - {"gradient"}

@@ -47,13 +47,17 @@ def table(path, **changes):
         "length": 32,
         "checkpoints": {"every": 4},
         "evaluation": {"every": 5, "sources": {"unseen": sources["unseen"]}},
-        "logging": {"every": 3, "tensorboard": False},
+        "logging": {"every": 3, "tensorboard": False, "health_every": 13},
     }
     return values | changes
 
 
 def config(path, **changes):
     return from_table(RunConfig, table(path, **changes))
+
+
+def losses(records):
+    return [record["loss"] for record in records if record["kind"] != "health"]
 
 
 TIMES = ("seconds", "waited", "memory")

@@ -9,6 +9,8 @@ import pytest
 from tests.train.runs import ARCHITECTURE, table
 from zamba2_jax.config import Zamba2Config
 from zamba2_jax.train.config import RunConfig, differences, from_table, load_config
+from zamba2_jax.train.optimizer import Muon, ParameterGroup
+from zamba2_jax.train.synthetic import Recall
 
 EXAMPLE = Path(__file__).parents[2] / "experiments" / "nano.toml"
 
@@ -39,7 +41,11 @@ def test_the_example_says_the_defaults_and_can_be_overridden():
 
 
 def test_what_is_saved_is_what_was_read(tmp_path):
-    config = from_table(RunConfig, table(tmp_path))
+    values = table(tmp_path, optimizer={"kind": "muon", "groups": [{"match": "embed", "delay_steps": 3}]})
+    values["sources"]["c"] = {"kind": "recall", "pairs": [2, 3]}
+    config = from_table(RunConfig, values)
+    assert config.optimizer == Muon(groups=(ParameterGroup(match="embed", delay_steps=3),))
+    assert config.sources["c"] == Recall(pairs=(2, 3))
     path = tmp_path / "config.json"
     path.write_text(json.dumps(config.as_dict()))
     assert load_config(path) == config
@@ -71,6 +77,8 @@ def test_an_architecture_is_checked_and_may_be_infinite(tmp_path):
         ("learning_rate", -1, "peak learning rate=-1.0: expected a finite number > 0"),
         ("length", 1, "length=1: expected at least 2"),
         ("seed", -1, "seed=-1: expected an integer in [0, 2^31)"),
+        ("data_seed", -1, "data_seed=-1: expected an integer in [0, 2^31)"),
+        ("init_scale", {"embed": 0}, "init_scale.embed=0.0: expected a finite number > 0"),
         ("dtype", "float8", "dtype='float8': expected one of float32, bfloat16"),
         ("checkpoints.every", 0, "checkpoints.every=0: expected at least 1"),
         ("logging.profile_start", 0, "logging.profile_start=0: expected at least 1"),
@@ -83,6 +91,14 @@ def test_an_architecture_is_checked_and_may_be_infinite(tmp_path):
         ("step.remat", "all", "step.remat='all': expected one of none, layer, matmuls"),
         ("step.microbatches", 3, "batch_size=8: expected a multiple of step.microbatches=3"),
         ("sources.a.kind", "txt", "sources.a.kind='txt': expected one of text, jsonl"),
+        ("sources.a.kind", del_, "sources.a.kind missing"),
+        ("sources.a", 3, "sources.a is 3: expected a table"),
+        ("sources.a", {"kind": "recall", "pair": 3}, "sources.a.pair is unknown: did you mean 'pairs'?"),
+        ("sources.a", {"kind": "recall", "pairs": [3]}, "sources.a.pairs=[3]: expected 2 values"),
+        ("optimizer.kind", "sgd", "optimizer.kind='sgd': expected one of adamw, muon"),
+        ("optimizer.momentum", 0.9, "optimizer.momentum is unknown: expected one of b1, b2, eps"),
+        ("optimizer.groups", [{"match": "*", "rat": 1}], "optimizer.groups.0.rat is unknown: did you mean 'rate'?"),
+        ("optimizer.groups", [{"match": "*", "rate": -1}], "rate=-1.0: expected a finite number >= 0"),
     ],
 )
 def test_mistakes_are_named(tmp_path, path, value, message):

@@ -1,7 +1,7 @@
 import pytest
 
 from zamba2_jax.text.vocabulary import BOS, EOS
-from zamba2_jax.train.corpus import Document, code, prose, split_held_out, tokenize_embedded_corpus
+from zamba2_jax.train.corpus import Document, code, held_out_code, prose, split_held_out, tokenize_embedded_corpus
 
 
 def paragraphs(documents):
@@ -23,6 +23,12 @@ def test_held_out_prose_is_in_no_training_text():
     assert not set(paragraphs(train)) & set(paragraphs(held_out))
     source = "\n".join(document.text for document in code())
     assert not any(" ".join(paragraph.split()) in source for paragraph in paragraphs(held_out))
+
+
+def test_held_out_code_is_in_no_training_file():
+    training, held_out = ({document.name for document in documents} for documents in (code(), held_out_code()))
+    assert 30_000 < sum(document.size for document in held_out_code()) <= 60_000
+    assert not training & held_out
 
 
 def test_code_is_bounded_and_without_tests():
@@ -59,8 +65,9 @@ def test_split_refuses(documents, share, message):
 
 def test_tokenized_corpus():
     corpus = tokenize_embedded_corpus(512)
-    assert set(corpus.train) == {"code", "prose"}
-    for documents in (*corpus.train.values(), corpus.held_out):
+    assert set(corpus.train) == set(corpus.held_out) == {"code", "prose"}
+    for documents in (*corpus.train.values(), *corpus.held_out.values()):
         assert all(tokens[0] == BOS and tokens[-1] == EOS and tokens.max() < 512 for tokens in documents)
-    text = "\n\n".join(corpus.tokenizer.decode(tokens[1:-1].tolist()) for tokens in corpus.held_out)
-    assert len(text.encode()) == corpus.held_out_size + 2 * (len(corpus.held_out) - 1)
+    for name, documents in corpus.held_out.items():
+        text = "\n\n".join(corpus.tokenizer.decode(tokens[1:-1].tolist()) for tokens in documents)
+        assert len(text.encode()) == corpus.held_out_sizes[name] + 2 * (len(documents) - 1)

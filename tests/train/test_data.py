@@ -34,6 +34,7 @@ def real_tokens(rows):
 def assert_equal(batch, other):
     np.testing.assert_array_equal(batch.tokens, other.tokens)
     np.testing.assert_array_equal(batch.segment_ids, other.segment_ids)
+    np.testing.assert_array_equal(batch.weights, other.weights)
 
 
 @pytest.mark.parametrize("sizes", [[1], [5], [3, 2], [7, 1, 1, 11, 4], [5, 5], [2, 0, 3], [1] * 9])
@@ -55,6 +56,8 @@ def test_rows_hold_every_document_whole_and_number_them(monkeypatch, sizes, wind
         assert windows == sorted(windows)
         for row in rows:
             assert row.tokens.dtype == row.segment_ids.dtype == np.int32
+            assert row.weights.dtype == np.float32
+            np.testing.assert_array_equal(row.weights, row.segment_ids != 0)
             assert (row.tokens[row.segment_ids == 0] == 0).all()
             owners = [owner[token] for token in row.tokens[row.segment_ids != 0].tolist()]
             numbers = {document: i + 1 for i, document in enumerate(dict.fromkeys(owners))}
@@ -178,6 +181,19 @@ def test_held_out_batches_fill_up_with_empty_rows():
     assert [batch.tokens.shape for batch in cut] == [(2, 5)] * 2
     assert cut[0].tokens.tolist() == [[1, 2, 3, 4, 5], [6, 7, 8, 9, 10]]
     assert cut[1].segment_ids.tolist() == [[1, 1, 1, 0, 0], [0] * 5]
+
+
+@pytest.mark.parametrize(("id_", "expected"), [(-100, "ids that are not negative"), (50, r"ids in \[0, 50\)")])
+def test_ids_outside_the_vocabulary_are_found_when_their_row_is_made(id_, expected):
+    documents = make_documents([5, 9])
+    documents[1][3] = id_
+    source, options = in_memory(documents), {"length": 4, "batch_size": 1, "vocab_size": 50 if id_ > 0 else None}
+    message = f"source 'web', row 2, position 0: token id {id_}: expected {expected}"
+    with pytest.raises(ValueError, match=message):
+        held_out(source, name="web", **options)
+    stream = batches({"web": source}, {"web": 1.0}, seed=0, **options)
+    with pytest.raises(ValueError, match=f"source 'web', row [0-3], position [0-3]: token id {id_}"):
+        take(stream, 4)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from zamba2_jax.checkpoint.store import restore_state, save_state
 from zamba2_jax.train.data import held_out
 from zamba2_jax.train.documents import in_memory
 from zamba2_jax.train.loop import DivergedError, Position, make_stages, train
-from zamba2_jax.train.metrics import EvalRecord, TrainRecord
+from zamba2_jax.train.metrics import EvalRecord, HealthRecord, TrainRecord
 from zamba2_jax.train.optimizer import AdamW
 from zamba2_jax.train.schedule import Phase, learning_rate
 from zamba2_jax.train.step import compile_train_step, init_state
@@ -35,13 +35,14 @@ def stages():
 @pytest.fixture(scope="module")
 def step(stages):
     state, batch = init_state(random_model(CONFIG), OPTIMIZER), next(iter(stages[0].batches))
-    return compile_train_step(state, batch, optimizer=OPTIMIZER, schedule=learning_rate(PHASES, 1e-3))
+    return compile_train_step(state, batch, optimizer=OPTIMIZER, schedule=learning_rate(PHASES, 1e-3), health_every=3)
 
 
 def run(state, step, stages, **kwargs):
     records = []
     unseen = held_out(in_memory([np.arange(3, 30, dtype=np.int32)]), batch_size=2, length=12)
-    options = {"held_out": {"h": unseen}, "log_every": 2, "eval_every": 3, "report": records.append, **kwargs}
+    options = {"held_out": {"h": unseen}, "log_every": 2, "eval_every": 3, "report": records.append, "health_every": 3}
+    options |= kwargs
     return train(state, step, stages, **options), records
 
 
@@ -51,7 +52,10 @@ def test_records_cover_every_step(model, stages, step):
     evaluations = [(r.phase, r.step) for r in records if isinstance(r, EvalRecord)]
     assert evaluations == [("first", 0), ("first", 3), ("first", 5), ("second", 8), ("second", 9)]
     logged = [(r.phase, r.step) for r in records if isinstance(r, TrainRecord)]
-    assert logged == [("first", s) for s in (2, 3, 4, 5)] + [("second", s) for s in (7, 8, 9)]
+    assert logged == [("first", s) for s in (2, 3, 4, 5)] + [("second", s) for s in (6, 7, 8, 9)]
+    measured = [record for record in records if isinstance(record, HealthRecord)]
+    assert [(record.phase, record.step) for record in measured] == [("first", 3), ("second", 6), ("second", 9)]
+    assert all(0 < record.calls["layers.1"].ratio < 100 and record.groups["mixers"].step > 0 for record in measured)
     seen = [batch for stage in stages for batch in itertools.islice(stage.batches, stage.phase.steps)]
     expected = sum((batch.segment_ids != 0).sum() for batch in seen)
     assert sum(r.tokens for r in records if isinstance(r, TrainRecord)) == expected
@@ -105,7 +109,16 @@ def copy(state):
     return jax.tree.map(lambda array: jnp.asarray(np.array(array)), state)
 
 
-@pytest.mark.parametrize("name", ["log_every", "eval_every"])
+def test_a_step_that_measures_no_health_is_found(model, stages, step):
+    def blind(state, batch):
+        state, metrics = step(state, batch)
+        return state, metrics.replace(health=None)
+
+    with pytest.raises(ValueError, match="the step measures no health"):
+        run(init_state(model, OPTIMIZER), blind, stages)
+
+
+@pytest.mark.parametrize("name", ["log_every", "eval_every", "health_every"])
 def test_bad_interval(model, stages, step, name):
     with pytest.raises(ValueError, match=f"{name}=0: expected an integer >= 1"):
         run(init_state(model, OPTIMIZER), step, stages, **{name: 0})

@@ -3,7 +3,18 @@ import math
 
 from tensorboardX.proto.event_pb2 import Event
 
-from zamba2_jax.train.metrics import EvalRecord, JsonLines, TensorBoard, TrainRecord, bits_per_byte, read_records, tee
+from zamba2_jax.train.metrics import (
+    CallHealth,
+    EvalRecord,
+    GroupHealth,
+    HealthRecord,
+    JsonLines,
+    TensorBoard,
+    TrainRecord,
+    bits_per_byte,
+    read_records,
+    tee,
+)
 
 
 def train_record(**kwargs):
@@ -16,7 +27,7 @@ def test_lines_are_valid_json(tmp_path):
     with JsonLines(path) as write:
         write(train_record())
         write(train_record(loss=math.nan, grad_norm=math.inf))
-        write(EvalRecord(phase="p", step=3, held_out="prose", loss=2.0))
+        write(EvalRecord(phase="p", step=3, held_out="prose", loss=2.0, accuracy=0.25))
         lines = path.read_text().splitlines()  # there before the file is closed
     values = [json.loads(line, parse_constant=lambda name: 1 / 0) for line in lines]
     assert values[0] == {"kind": "train", **vars(train_record()), "perplexity": math.exp(2.5)}
@@ -27,8 +38,38 @@ def test_lines_are_valid_json(tmp_path):
         "step": 3,
         "held_out": "prose",
         "loss": 2.0,
+        "accuracy": 0.25,
         "perplexity": math.exp(2.0),
     }
+
+
+def health_record(**kwargs):
+    calls = {"layers.1": CallHealth(ratio=0.5, share=0.25, entropy=(0.75, math.nan))}
+    groups = {"mixers": GroupHealth(grad_norm=2.0, update=0.125, step=0.375)}
+    return HealthRecord(**{"phase": "p", "step": 3, "calls": calls, "groups": groups, **kwargs})
+
+
+def test_health_is_a_record_of_its_own(tmp_path):
+    with JsonLines(tmp_path / "metrics.jsonl") as write, TensorBoard(tmp_path / "board", first_step=3) as show:
+        for record in (
+            train_record(),
+            health_record(),
+            EvalRecord(phase="p", step=3, held_out="prose", loss=2.0, accuracy=0.25),
+        ):
+            write(record)
+            show(record)
+    records = read_records(tmp_path / "metrics.jsonl")
+    assert [record["kind"] for record in records] == ["health", "train", "eval"]
+    assert records[0] == {
+        "kind": "health",
+        "phase": "p",
+        "step": 3,
+        "calls": {"layers.1": {"ratio": 0.5, "share": 0.25, "entropy": [0.75, None]}},
+        "groups": {"mixers": {"grad_norm": 2.0, "update": 0.125, "step": 0.375}},
+    }
+    values = {value.tag: value.simple_value for event in events(tmp_path / "board") for value in event.summary.value}
+    assert values["health/calls/layers.1/entropy/0"] == 0.75
+    assert values["health/groups/mixers/step"] == 0.375
 
 
 def test_a_run_that_goes_on_mends_the_last_line_and_its_records_win(tmp_path):
@@ -36,8 +77,8 @@ def test_a_run_that_goes_on_mends_the_last_line_and_its_records_win(tmp_path):
     with JsonLines(path, append=True) as write:
         for step in (1, 2, 3):
             write(train_record(step=step, loss=1.0))
-        write(EvalRecord(phase="p", step=3, held_out="prose", loss=2.0))
-        write(EvalRecord(phase="p", step=3, held_out="code", loss=2.0))
+        write(EvalRecord(phase="p", step=3, held_out="prose", loss=2.0, accuracy=0.25))
+        write(EvalRecord(phase="p", step=3, held_out="code", loss=2.0, accuracy=0.25))
     path.write_bytes(path.read_bytes()[:-20])
     with JsonLines(path, append=True) as write:
         for step in (2, 3, 4):
@@ -50,7 +91,7 @@ def test_a_run_that_goes_on_mends_the_last_line_and_its_records_win(tmp_path):
 def test_tensorboard_has_the_numbers(tmp_path):
     with TensorBoard(tmp_path, first_step=3) as write:
         write(train_record(utilisation=0.25))
-        write(EvalRecord(phase="p", step=4, held_out="prose", loss=2.0))
+        write(EvalRecord(phase="p", step=4, held_out="prose", loss=2.0, accuracy=0.25))
     values = {
         value.tag: (event.step, value.simple_value) for event in events(tmp_path) for value in event.summary.value
     }
@@ -58,6 +99,7 @@ def test_tensorboard_has_the_numbers(tmp_path):
     assert values["train/tokens_per_second"] == (3, 20)
     assert values["train/utilisation"] == (3, 0.25)
     assert values["eval/prose/loss"] == (4, 2)
+    assert values["eval/prose/accuracy"] == (4, 0.25)
     assert not {"train/step", "train/memory", "train/phase"} & set(values)  # a step is no curve; others are not known
 
 

@@ -1,5 +1,6 @@
 import dataclasses
 import errno
+import json
 import math
 import os
 import re
@@ -10,11 +11,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 from tokenizers import Tokenizer
 
-from tests.train.runs import ARCHITECTURE, config, numbers, table
+from tests.train.runs import ARCHITECTURE, config, losses, numbers, table
 from zamba2_jax.checkpoint.hf import load_hf
 from zamba2_jax.checkpoint.history import Checkpoints
 from zamba2_jax.cli.main import main
@@ -29,23 +29,6 @@ from zamba2_jax.train.run import run
 from zamba2_jax.train.step import abstract_state
 
 QUIET = Console(quiet=True)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compile_once(tmp_path_factory):
-    """What one run has compiled, the next one loads."""
-    options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.1,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    for values in (options, before):
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if values is options:
-            yield
 
 
 @pytest.fixture
@@ -74,22 +57,25 @@ def home(tmp_path_factory):
 
 def test_how_a_step_is_computed_changes_no_losses(home, whole):
     """By parts, recomputed and scanned: sums in another order, over 13 steps; in bfloat16 the losses are only near."""
-    expected = np.array([record["loss"] for record in read_records(Path(whole.directory) / "metrics.jsonl")])
+    expected = np.array(losses(records_of(whole)))
     for step, tolerance in (
         ({"microbatches": 2, "remat": "layer", "scan_layers": True}, 1e-5),
         ({"compute_dtype": "bfloat16"}, 1e-2),
     ):
         values = config(home, directory=str(home / "-".join(step)), step=step)
         assert run(values, QUIET)
-        losses = [record["loss"] for record in read_records(Path(values.directory) / "metrics.jsonl")]
-        np.testing.assert_allclose(losses, expected, rtol=tolerance)
-        assert not np.array_equal(losses, expected)
+        found = losses(records_of(values))
+        np.testing.assert_allclose(found, expected, rtol=tolerance)
+        assert not np.array_equal(found, expected)
+        health = [health_of(of)["calls"]["layers.0"] for of in (values, whole)]
+        np.testing.assert_allclose(*(of["ratio"] for of in health), rtol=100 * tolerance)
+        np.testing.assert_allclose(*(of["entropy"] for of in health), rtol=100 * tolerance)
 
 
 @pytest.fixture(scope="module")
 def whole(home):
     """A run that was never interrupted."""
-    logging = {"every": 3, "tensorboard": True, "profile_start": 2, "profile_steps": 1}
+    logging = {"every": 3, "health_every": 13, "tensorboard": True, "profile_start": 2, "profile_steps": 1}
     values = config(home, directory=str(home / "whole"), logging=logging)
     assert run(values, QUIET)
     return values
@@ -106,6 +92,11 @@ def records_of(values):
     return read_records(Path(values.directory) / "metrics.jsonl")
 
 
+def health_of(values):
+    (health,) = (record for record in records_of(values) if record["kind"] == "health")
+    return health
+
+
 def assert_equal(tree, other):
     for a, b in zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True):
         np.testing.assert_array_equal(a, b)
@@ -118,6 +109,12 @@ def test_a_run_leaves_what_it_says(whole):
     steps = {kind: [record["step"] for record in records if record["kind"] == kind] for kind in ("train", "eval")}
     assert steps == {"train": [3, 5, 6, 7, 10, 12, 13], "eval": [0, 5, 7, 12, 13]}
     assert records[-1]["loss"] < records[0]["loss"] - 0.3
+    (source,) = whole.evaluation.sources.values()
+    texts = [json.loads(line)["text"] for line in Path(source.path).read_text().splitlines()]
+    tokenizer = Tokenizer.from_file(str(Path(whole.tokenizer) / "tokenizer.json"))
+    tokens = sum(len(tokenizer.encode(text).ids) + 2 for text in texts)
+    bits = records[0]["loss"] / math.log(2) * tokens / sum(map(len, texts))
+    assert records[0]["bits_per_byte"] == pytest.approx(bits)
     trained = [record for record in records if record["kind"] == "train"]
     assert all(record["memory"] > 2**27 and 0 <= record["waited"] <= record["seconds"] for record in trained)
     assert [record["utilisation"] for record in trained] == [None] * len(trained)  # nobody knows the peak of a CPU
@@ -159,8 +156,9 @@ def test_a_run_goes_on_over_other_meshes(home, whole, stop_at):
         mu = state.opt_state[1].mu
         assert mu.embed[...].sharding == state.model.embed[...].sharding
         assert len(mu.embed[...].sharding.device_set) == math.prod(mesh.values())
-    losses = [[record["loss"] for record in records_of(run_)[:12]] for run_ in (values, whole)]
-    np.testing.assert_allclose(*losses, rtol=1e-5)  # sums in another order, over 13 steps
+    np.testing.assert_allclose(
+        *(losses(records_of(run_))[:12] for run_ in (values, whole)), rtol=1e-5
+    )  # sums in another order, over 13 steps
 
 
 def test_an_export_is_the_model_and_a_run_can_begin_with_it(home, whole, tmp_path, capsys):

@@ -30,7 +30,9 @@ def packed():
     segment_ids = np.stack(
         [np.where(time <= row, 1, np.where(time < LENGTH - 2, 2 * (row % 2), 0)) for row in range(ROWS)]
     )
-    return Batch(np.asarray(random_tokens(CONFIG, ROWS, LENGTH)), segment_ids.astype(np.int32))
+    weights = np.random.default_rng(0).uniform(size=segment_ids.shape) * (np.arange(LENGTH) % 4 != 2)
+    tokens = np.asarray(random_tokens(CONFIG, ROWS, LENGTH))
+    return Batch(tokens, segment_ids.astype(np.int32), weights.astype(np.float32))
 
 
 @cache
@@ -40,7 +42,7 @@ def plain():
         model, batch = random_model(CONFIG, jnp.float64), packed()
 
         def loss(model):
-            return next_token_loss(model, jnp.asarray(batch.tokens), jnp.asarray(batch.segment_ids))[0]
+            return next_token_loss(model, *map(jnp.asarray, (batch.tokens, batch.segment_ids, batch.weights)))[0]
 
         return jax.device_get(jax.jit(jax.value_and_grad(loss))(model))
 
@@ -138,13 +140,14 @@ def test_bfloat16_computes_and_float32_keeps():
     expected = plain()[0]
     assert abs(metrics.loss - expected) < 0.1
     assert abs(metrics.loss - expected) > 1e-6
-    assert abs(evaluate(model, [batch], options) - float(metrics.loss)) < 1e-5
+    assert abs(evaluate(model, [batch], options).loss - float(metrics.loss)) < 1e-5
 
 
 def test_z_loss_adds_the_mean_square_of_the_normalizer_to_what_is_minimised(x64):
     model, batch = random_model(SMALL, jnp.float64), packed()
     tokens, segment_ids = map(jnp.asarray, (batch.tokens, batch.segment_ids))
     same = (segment_ids[:, :-1] == segment_ids[:, 1:]) & (segment_ids[:, 1:] != 0)
+    same *= batch.weights[:, 1:].astype(np.float64)
 
     def objective(model):
         logits = model(tokens, segment_ids)[:, :-1]

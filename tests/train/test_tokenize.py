@@ -34,6 +34,7 @@ def test_the_command_writes_what_opening_the_texts_gives(tokenizer, tmp_path, ca
         for kind, path in (("tokens", tmp_path / "out"), ("jsonl", tmp_path))
     )
     np.testing.assert_array_equal(read.offsets, expected.offsets)
+    assert read.text_bytes == expected.text_bytes == sum(map(len, texts))
     for document, other, text in zip(read, expected, texts, strict=True):
         np.testing.assert_array_equal(document, other)
         assert (document == EOS).sum() == 1  # and "<eos>" in a text is text

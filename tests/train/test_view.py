@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from zamba2_jax.train.curves import plot_curves
-from zamba2_jax.train.metrics import EvalRecord, TrainRecord
+from zamba2_jax.train.metrics import CallHealth, EvalRecord, GroupHealth, HealthRecord, TrainRecord
 from zamba2_jax.train.progress import ProgressView
 from zamba2_jax.train.schedule import Phase, learning_rate
 
@@ -31,11 +31,11 @@ def records():
             skipped=int(step > 50),
         )
         if step % 20 == 0:
-            yield EvalRecord(phase=phase, step=step, held_out="prose", loss=7 - step / 30)
+            yield EvalRecord(phase=phase, step=step, held_out="prose", loss=7 - step / 30, accuracy=step / 100)
 
 
 def show(terminal):
-    console = Console(file=io.StringIO(), force_terminal=terminal, width=120)
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=140)
     with ProgressView(PHASES, console) as view:
         for record in records():
             view(record)
@@ -46,12 +46,32 @@ def test_plain_lines_without_a_terminal():
     lines = show(terminal=False).splitlines()
     assert "\x1b" not in "".join(lines)
     assert lines[0] == "pretraining 5/40  loss 6.750  lr 1.0e-03  200 tok/s"
-    assert "pretraining 40/40  held-out prose 5.667" in lines
+    assert "pretraining 40/40  held-out prose 5.667, accuracy 40.0%" in lines
     assert lines[-2:] == [
         "annealing 20/20  loss 4.000  lr 1.0e-03  200 tok/s  skipped 1",
-        "annealing 20/20  held-out prose 5.000",
+        "annealing 20/20  held-out prose 5.000, accuracy 60.0%",
     ]
     assert len(lines) == 8 + 8 + 3
+
+
+def test_health_is_on_the_line_and_faults_are_said_once():
+    console = Console(file=io.StringIO(), width=300)
+    with ProgressView(PHASES, console) as view:
+        for record in records():
+            if record.step % 5 == 0 and isinstance(record, TrainRecord):
+                call = CallHealth(ratio=30.0, share=0.99, entropy=(0.5, 0.75))
+                group = GroupHealth(grad_norm=1.0, update=0.01, step=0.3)
+                view(
+                    HealthRecord(phase=record.phase, step=record.step, calls={"layers.2": call}, groups={"head": group})
+                )
+            view(record)
+    lines = console.file.getvalue().splitlines()
+    assert lines[0].endswith(
+        "200 tok/s  shared/residual 30 in layers.2, attention 0.50 uniform in layers.2, head move 0.3"
+    )
+    (warning,) = (line for line in lines if line.startswith("Warning"))
+    assert "layers.2: the shared block drowns the residual stream" in warning
+    assert "(step 15; see docs/health.md)" in warning
 
 
 def test_bars_on_a_terminal():

@@ -1,5 +1,6 @@
 """Hugging Face checkpoints: any published layout in, the current one out."""
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -93,6 +94,7 @@ def save_hf(
     *,
     dtype: DTypeLike | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
+    time_step_min: float | None = None,
 ) -> None:
     """Writes config.json and safetensors in the current layout, which `transformers` and `load_hf` read.
 
@@ -104,17 +106,23 @@ def save_hf(
         dtype: of every tensor written; that of each parameter by default. Parameters that one tensor holds together
             are written in the widest of their dtypes.
         max_shard_size: bytes per file; a larger model is split over several, with an index.
+        time_step_min: is written in place of the config's. transformers 5 clamps dt to it in a full pass; with 1e-30
+            its plain `from_pretrained` computes what this package does, to which it is a number of the initialisation.
 
     Raises:
         FileExistsError: the directory holds something.
-        ValueError: `max_shard_size` is below 1, or transformers has no form for the architecture.
+        ValueError: `max_shard_size` is below 1, `time_step_min` is not above 0 or above `time_step_max`, or
+            transformers has no form for the architecture.
     """
     if max_shard_size < 1:
         raise ValueError(f"max_shard_size={max_shard_size}: expected at least 1 byte")
     target = Path(directory).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} exists and is not an empty directory")
-    config = model.config.to_hf() | {"dtype": str(jnp.dtype(dtype or model.dtype))}
+    architecture = model.config
+    if time_step_min is not None:
+        architecture = dataclasses.replace(architecture, time_step_min=time_step_min)
+    config = architecture.to_hf() | {"dtype": str(jnp.dtype(dtype or model.dtype))}
     scratch = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
     scratch.mkdir(parents=True)
     try:

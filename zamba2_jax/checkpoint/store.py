@@ -59,6 +59,8 @@ def named_arrays(tree: object) -> dict[str, jax.Array | jax.ShapeDtypeStruct]:
     leaves, _ = jax.tree.flatten_with_path(tree, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
     named = {}
     for path, leaf in leaves:
+        if not jax.tree.leaves(leaf):  # a parameter for which the state of an optimizer holds nothing
+            continue
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         named[name] = leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
     return named

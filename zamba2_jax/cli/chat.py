@@ -1,5 +1,7 @@
 """`zamba2 chat`: a conversation in the terminal."""
 
+from __future__ import annotations
+
 import dataclasses
 import importlib.util
 import signal
@@ -7,11 +9,14 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from zamba2_jax.cli.options import ModelOptions
 from zamba2_jax.files import read_text
-from zamba2_jax.generate import Sampling
-from zamba2_jax.generate.chat import Conversation
+
+if TYPE_CHECKING:
+    from zamba2_jax.generate.chat import Conversation
+    from zamba2_jax.generate.sampling import Sampling
 
 HELP = "/new begins a new conversation, /quit or Ctrl-D ends; Ctrl-C breaks off an answer"
 
@@ -40,6 +45,8 @@ class Chat(ModelOptions):
             ValueError: an option or a file is not valid, or there is no chat template.
             OSError: a file is not there.
         """
+        from zamba2_jax.generate.chat import Conversation
+
         sampling = self.sampling()
         if self.max_new_tokens < 1:
             raise ValueError(f"--max-new-tokens {self.max_new_tokens}: expected at least 1")

@@ -1,37 +1,35 @@
 """`zamba2 demo`: the whole way from text to a model that writes, in minutes."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import jax
 import tyro
-from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from zamba2_jax.checkpoint.hf import save_hf
-from zamba2_jax.checkpoint.store import save_state
+from zamba2_jax.choices import Decay
 from zamba2_jax.cli.several import Several, values
 from zamba2_jax.config import Zamba2Config
 from zamba2_jax.files import write_atomically, write_json
-from zamba2_jax.generate import Sampling, generate
-from zamba2_jax.model import Zamba2
-from zamba2_jax.text.tokenizer import Tokenizer
-from zamba2_jax.text.vocabulary import MIN_VOCAB_SIZE, save_tokenizer
-from zamba2_jax.train.corpus import TokenizedCorpus, tokenize_embedded_corpus
-from zamba2_jax.train.curves import plot_curves
-from zamba2_jax.train.data import held_out
-from zamba2_jax.train.loop import make_stages, train
-from zamba2_jax.train.metrics import EvalRecord, JsonLines, Record, TrainRecord, bits_per_byte, tee
-from zamba2_jax.train.optimizer import AdamW
-from zamba2_jax.train.progress import ProgressView
-from zamba2_jax.train.schedule import Decay, Phase, learning_rate
-from zamba2_jax.train.step import TrainState, compile_train_step, init_state
+
+if TYPE_CHECKING:
+    from zamba2_jax.evaluate import Necessity
+    from zamba2_jax.model import Zamba2
+    from zamba2_jax.text.tokenizer import Tokenizer
+    from zamba2_jax.train.corpus import TokenizedCorpus
+    from zamba2_jax.train.data import Source
+    from zamba2_jax.train.metrics import Record
+    from zamba2_jax.train.optimizer import Optimizer
+    from zamba2_jax.train.schedule import Phase
+    from zamba2_jax.train.step import TrainState
 
 MARKER = "demo.json"
 OUTPUTS = (
@@ -47,6 +45,26 @@ OUTPUTS = (
 )
 """All that the demo writes; the marker, with the settings, first."""
 
+INIT_SCALE = {
+    "embed": 3.0,
+    "layers.*.mamba.out": 0.3,
+    "shared.*.attention.o": 1.5,
+    "shared.*.mlp.*": 1.5,
+    "calls.*.linear": 1.5,
+}
+"""Factors of the initial matrices. The embedding is then not small beside what the mixers add to the stream, so that
+attention sees the token it stands at, and the shared blocks' output is not small beside the stream from the start."""
+
+SILENCED = {
+    "all.attention": "attention uniform",
+    "all.adapters": "adapters at 0",
+    "all.mlp": "shared MLPs at their means",
+    "all.shared": "shared blocks at their means",
+    "hybrid.mixer": "mixers of hybrid layers at their means",
+    "plain.mixer": "mixers of plain layers at their means",
+}
+"""Parts that are silenced at the end, and how the table says it; see `evaluate.necessity`."""
+
 PROMPTS = ("The value of", "If a class defines", "When an exception is raised,", "A function is")
 
 
@@ -54,27 +72,30 @@ PROMPTS = ("The value of", "If a class defines", "When an exception is raised,",
 class Demo:
     """Train a small Zamba2 on text this Python carries, and let it write.
 
-    Two phases, as the released models were trained: pretraining on the standard library's code, then annealing on the
-    prose of Python's documentation with some code replayed. Leaves a checkpoint, a Hugging Face export, a picture of
-    the run and its numbers. Needs no network.
+    Three phases: copying, from which attention learns to look things up; pretraining on the standard library's code;
+    annealing on the prose of Python's documentation, with some code and some copying replayed. Then silences one part
+    of the model after the other, to see what it needs. Leaves a checkpoint, a Hugging Face export, a picture of the
+    run and its numbers. Needs no network.
     """
 
     output: Path = Path("demo-output")
     """Directory to write to: new, empty, or of an earlier demo, which is replaced."""
     seed: int = 0
     """Seed of the weights, the order of the data and the sampling."""
-    steps: tuple[int, int] = (240, 760)
-    """Training steps of pretraining and of annealing."""
+    steps: tuple[int, int, int] = (240, 240, 800)
+    """Training steps of copying, of pretraining and of annealing."""
     batch: int = 4
     """Rows per step."""
     seq: int = 128
     """Tokens per row."""
     learning_rate: float = 1e-2
-    """Peak of the learning rate in pretraining; annealing warms up to three quarters of it."""
+    """Peak of the learning rate in the first phases; annealing warms up to three quarters of it."""
     decay: Decay = "linear"
     """How the learning rate falls in annealing."""
     replay: float = 0.2
     """Share of code in annealing."""
+    copying: float = 0.05
+    """Share of copying in pretraining and annealing."""
     preset: str = "zamba2-nano"
     """Architecture, by name."""
     prompts: Annotated[Several[str], tyro.conf.arg(metavar="TEXT ...")] = ()
@@ -91,24 +112,55 @@ class Demo:
             ValueError: an option is not valid.
             OSError: the output directory is in use for something else, or cannot be written to.
         """
+        import jax
+        from flax import nnx
+
+        from zamba2_jax.evaluate import necessity
+        from zamba2_jax.model import Zamba2
+        from zamba2_jax.text.vocabulary import save_tokenizer
+        from zamba2_jax.train.corpus import tokenize_embedded_corpus
+        from zamba2_jax.train.curves import plot_run
+        from zamba2_jax.train.data import held_out
+        from zamba2_jax.train.loop import make_stages, train
+        from zamba2_jax.train.metrics import JsonLines, tee
+        from zamba2_jax.train.patterns import scale_matrices
+        from zamba2_jax.train.progress import ProgressView
+        from zamba2_jax.train.schedule import learning_rate
+        from zamba2_jax.train.step import compile_train_step, init_state
+        from zamba2_jax.train.synthetic import Copying, open_synthetic
+
         begin = time.perf_counter()
         self._check()
         config, phases = Zamba2Config.preset(self.preset), self._phases()
-        schedule, optimizer = learning_rate(phases, self.learning_rate), AdamW().transformation()
+        schedule, optimizer = learning_rate(phases, self.learning_rate), _optimizer().transformation()
         prepare_output(self.output, dataclasses.asdict(self) | {"output": str(self.output), "prompts": self._prompts})
 
         console = Console(highlight=False)
         console.print("Reading the corpus, training a tokenizer")
         corpus = tokenize_embedded_corpus(config.vocab_size)
         save_tokenizer(corpus.tokenizer, self.output)
-        stages = make_stages(phases, corpus.train, batch_size=self.batch, length=self.seq, seed=self.seed)
-        held_out_prose = held_out(corpus.held_out, batch_size=4 * self.batch, length=self.seq)
+        # A row holds the longest string twice, with a marker between, BOS and EOS.
+        longest = min(60, (self.seq - 3) // 2)
+        copying = Copying(symbols=64, lengths=(min(3, longest), longest), distinct=True)
+        copied = dataclasses.replace(copying, lengths=(-(-longest // 3), longest))
+        open_task = partial(open_synthetic, tokenizer=corpus.tokenizer, vocab_size=config.vocab_size)
+        sources: dict[str, Source] = {**corpus.train, "copying": open_task(copying)}
+        stages = make_stages(phases, sources, batch_size=self.batch, length=self.seq, seed=self.seed)
+        texts: dict[str, Source] = {
+            "prose": corpus.held_out["prose"],
+            "code": corpus.held_out["code"],
+            "copying": open_task(copied),
+        }
+        batches = {name: held_out(text, batch_size=4 * self.batch, length=self.seq) for name, text in texts.items()}
 
-        model = Zamba2(config, rngs=nnx.Rngs(self.seed))
+        model = scale_matrices(Zamba2(config, rngs=nnx.Rngs(self.seed)), INIT_SCALE)
         size = sum(parameter.size for parameter in jax.tree.leaves(model))
         console.print(f"Compiling {self.preset}, {size / 1e6:.1f} M parameters")
         state = init_state(model, optimizer)
-        step = compile_train_step(state, next(iter(stages[0].batches)), optimizer=optimizer, schedule=schedule)
+        health_every = max(1, sum(self.steps) // 50)
+        step = compile_train_step(
+            state, next(iter(stages[0].batches)), optimizer=optimizer, schedule=schedule, health_every=health_every
+        )
 
         records: list[Record] = []
         with JsonLines(self.output / "metrics.jsonl") as write, ProgressView(phases, console) as show:
@@ -116,15 +168,19 @@ class Demo:
                 state,
                 step,
                 stages,
-                held_out={"prose": held_out_prose},
+                held_out=batches,
                 log_every=5,
-                eval_every=max(1, sum(self.steps) // 8),
+                eval_every=max(1, sum(self.steps) // 5),
                 report=tee(records.append, write, show),
+                health_every=health_every,
             )
         save(state, corpus.tokenizer, self.output)
-        plot_curves(records, phases, schedule, self.output / "curves.png")
+        console.print("Silencing one part of the model after the other")
+        needed = {name: necessity(state.model, of_text, select=SILENCED) for name, of_text in batches.items()}
+        costs = {name: {of.part.name: of.increase for of in found.silenced} for name, found in needed.items()}
+        plot_run(records, phases, schedule, self.output / "curves.png", costs=costs)
         self._write(state.model, corpus.tokenizer, console)
-        summarize(records, corpus, self.output, console, seconds=time.perf_counter() - begin)
+        summarize(records, needed, corpus, self.output, console, seconds=time.perf_counter() - begin)
         return 0
 
     @property
@@ -133,13 +189,16 @@ class Demo:
 
     def _check(self) -> None:
         """Checks what is not checked before the training starts otherwise."""
+        from zamba2_jax.text.vocabulary import MIN_VOCAB_SIZE
+
         vocab_size = Zamba2Config.preset(self.preset).vocab_size
         rules = {
             "preset": (vocab_size >= MIN_VOCAB_SIZE, f"one of at least {MIN_VOCAB_SIZE} tokens, not {vocab_size}"),
             "seed": (0 <= self.seed < 2**31, "an integer in [0, 2^31)"),
             "batch": (self.batch >= 1, "at least 1"),
-            "seq": (self.seq >= 2, "at least 2"),
+            "seq": (self.seq >= 9, "at least 9, the room for copying three symbols"),
             "replay": (0 <= self.replay < 1, "a share in [0, 1)"),
+            "copying": (0 <= self.copying < 1, "a share in [0, 1)"),
             "new_tokens": (self.new_tokens >= 1, "at least 1"),
             "temperature": (0 <= self.temperature < math.inf, "a finite number >= 0"),
         }
@@ -150,20 +209,35 @@ class Demo:
             raise ValueError("--prompts holds an empty one: expected text")
 
     def _phases(self) -> list[Phase]:
-        pretraining, annealing = self.steps
+        from zamba2_jax.train.schedule import Phase
+
+        copying, pretraining, annealing = self.steps
+        text = 1 - self.copying
         return [
+            Phase(
+                name="copying",
+                steps=copying,
+                shares={"copying": 1.0},
+                warmup_steps=copying // 10,
+                decay="linear",
+                final_fraction=0.5,
+            ),
             Phase(
                 name="pretraining",
                 steps=pretraining,
-                shares={"code": 1.0},
-                warmup_steps=pretraining // 10,
+                shares={"code": text, "copying": self.copying},
+                peak_fraction=0.5,
                 decay="cosine",
-                final_fraction=0.1,
+                final_fraction=0.2,
             ),
             Phase(
                 name="annealing",
                 steps=annealing,
-                shares={"prose": 1 - self.replay, "code": self.replay},
+                shares={
+                    "prose": text * (1 - self.replay),
+                    "code": text * self.replay,
+                    "copying": self.copying,
+                },
                 warmup_steps=annealing // 20,
                 peak_fraction=0.75,
                 decay=self.decay,
@@ -173,6 +247,8 @@ class Demo:
 
     def _write(self, model: Zamba2, tokenizer: Tokenizer, console: Console) -> None:
         """Continues the prompts, on the terminal and in samples.txt."""
+        from zamba2_jax.generate import Sampling, generate
+
         sampling = Sampling(temperature=self.temperature, seed=self.seed)
         ends = tokenizer.end_tokens
         continuations = generate(model, self._prompts, self.new_tokens, sampling, tokenizer=tokenizer, stop_tokens=ends)
@@ -214,25 +290,52 @@ def prepare_output(directory: Path, settings: dict[str, Any]) -> None:
 
 def save(state: TrainState, tokenizer: Tokenizer, directory: Path) -> None:
     """Writes the training state, and the model as a Hugging Face checkpoint with its tokenizer."""
+    from zamba2_jax.checkpoint.hf import save_hf
+    from zamba2_jax.checkpoint.store import save_state
+    from zamba2_jax.text.vocabulary import save_tokenizer
+
     save_state(directory / "checkpoint", state)
     save_hf(state.model, directory / "hf")
     save_tokenizer(tokenizer, directory / "hf")
 
 
 def summarize(
-    records: Sequence[Record], corpus: TokenizedCorpus, directory: Path, console: Console, *, seconds: float
+    records: Sequence[Record],
+    needed: Mapping[str, Necessity],
+    corpus: TokenizedCorpus,
+    directory: Path,
+    console: Console,
+    *,
+    seconds: float,
 ) -> None:
-    """Prints what came of the run, and writes it to summary.json."""
-    losses = {record.phase: record.loss for record in records if isinstance(record, EvalRecord)}
+    """Prints what came of the run, and writes it to summary.json.
+
+    Args:
+        records: of the run.
+        needed: by held-out text, what its loss rises by when a part of the trained model is silenced.
+        corpus: that it was trained on.
+        directory: of summary.json.
+        console: to print to.
+        seconds: that all of it took.
+    """
+    from zamba2_jax.train.metrics import EvalRecord, HealthRecord, TrainRecord, bits_per_byte
+
     train_records = [record for record in records if isinstance(record, TrainRecord)]
     trained, training = (sum(getattr(record, name) for record in train_records) for name in ("tokens", "seconds"))
-    table = Table("after", "nats per token", "bits per byte", title="Loss on held-out prose", title_justify="left")
-    summary: dict[str, Any] = {"held_out_prose": {}}
-    for phase, loss in losses.items():
-        bits = bits_per_byte(loss, corpus.held_out.tokens, corpus.held_out_size)
-        table.add_row(phase, f"{loss:.3f}", f"{bits:.3f}")
-        summary["held_out_prose"][phase] = {"nats_per_token": loss, "bits_per_byte": bits}
-    summary |= {
+    held_out: dict[str, dict[str, dict[str, float]]] = {name: {} for name in needed}
+    for record in records:
+        if isinstance(record, EvalRecord):
+            found = {"nats_per_token": record.loss, "accuracy": record.accuracy}
+            if record.held_out in corpus.held_out:
+                tokens, size = corpus.held_out[record.held_out].tokens, corpus.held_out_sizes[record.held_out]
+                found["bits_per_byte"] = bits_per_byte(record.loss, tokens, size)
+            held_out[record.held_out][record.phase] = found
+    last_health = [record for record in records if isinstance(record, HealthRecord)][-1]
+    ratios = {layer: call.ratio for layer, call in last_health.calls.items()}
+    summary = {
+        "held_out": held_out,
+        "necessity": {name: found.as_dict() for name, found in needed.items()},
+        "shared_output_over_residual": ratios,
         "tokens": trained,
         "tokens_per_second": trained / training,
         "training_seconds": training,
@@ -240,10 +343,39 @@ def summarize(
         "skipped_steps": train_records[-1].skipped,
     }
     write_json(directory / "summary.json", summary)
-    console.print()
-    console.print(table)
+
+    losses = Table("after", "nats per token", "bits per byte", title="Loss on held-out prose", title_justify="left")
+    for phase, of_phase in held_out["prose"].items():
+        losses.add_row(phase, f"{of_phase['nats_per_token']:.3f}", f"{of_phase['bits_per_byte']:.3f}")
+    costs = Table("silenced", title="What it needs: nats per token that the loss rises by", title_justify="left")
+    for name in needed:
+        costs.add_column(name, justify="right")
+    for part, words in SILENCED.items():
+        costs.add_row(words, *(f"{found[part].increase:+.3f}" for found in needed.values()))
+    copied, low, high = needed["copying"], min(ratios.values()), max(ratios.values())
+    healthy = low >= 0.05 and high <= 3
+    for table in (losses, costs):
+        console.print()
+        console.print(table)
+    console.print(
+        f"\nIt copies strings of symbols that it has never seen: {copied.accuracy:.0%} of the symbols right. With "
+        f"attention silenced, every token looking at all before it alike: {copied['all.attention'].accuracy:.0%}.",
+        soft_wrap=True,
+    )
+    console.print(
+        f"What its shared blocks add to their layers' input is {low:.2g} to {high:.2g} times the residual stream; "
+        f"{'healthy' if healthy else 'NOT healthy, see docs/health.md: healthy'} is 0.05 to 3.",
+        soft_wrap=True,
+    )
     console.print(f"{trained:,} tokens at {trained / training:,.0f} tokens/s; {seconds:.0f} s in all")
     console.print(f"Written to {directory}: {', '.join(OUTPUTS)}", soft_wrap=True)
+
+
+def _optimizer() -> Optimizer:
+    """Muon, slower on all that a shared block's output is made by: see experiments/health."""
+    from zamba2_jax.train.optimizer import Muon, ParameterGroup
+
+    return Muon(groups=(ParameterGroup(match="shared.*", rate=0.4), ParameterGroup(match="calls.*", rate=0.4)))
 
 
 def _is_output(name: str) -> bool:

@@ -7,8 +7,6 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
-from zamba2_jax.train.export import export
-
 
 @dataclasses.dataclass(frozen=True)
 class Export:
@@ -31,6 +29,8 @@ class Export:
             ValueError: the run is not valid.
             OSError: there is no such run or checkpoint, or the directory cannot be written.
         """
+        from zamba2_jax.train.export import export
+
         step = export(self.directory, self.output, self.step)
         Console(highlight=False).print(f"Step {step} is written to {self.output}", markup=False, soft_wrap=True)
         return 0

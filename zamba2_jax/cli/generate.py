@@ -1,35 +1,24 @@
 """`zamba2 generate`: prompts in, continuations out."""
 
+from __future__ import annotations
+
 import dataclasses
 import hashlib
 import sys
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from zamba2_jax.checkpoint.hf import fingerprint
 from zamba2_jax.cli.options import Checkpoint, ModelOptions
 from zamba2_jax.cli.several import Several, values
-from zamba2_jax.generate import Request, Token
-from zamba2_jax.generate.batch import (
-    Job,
-    check_settings,
-    find_results,
-    make_engine,
-    make_job,
-    open_results,
-    read_jobs,
-    result,
-    run_jobs,
-    settings_of,
-    write_result,
-)
-from zamba2_jax.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from zamba2_jax.generate.batch import Job
+    from zamba2_jax.text.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,6 +100,9 @@ class Generate(ModelOptions):
             return None
 
     def _jobs(self, checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> list[Job]:
+        from zamba2_jax.generate.batch import make_job, read_jobs
+        from zamba2_jax.generate.engine import Request
+
         ends = () if self.ignore_eos else checkpoint.stop_tokens(tokenizer)
         defaults = Request((), self.max_new_tokens, self.sampling(), ends, values(self.stop))
         vocab_size = checkpoint.config.vocab_size
@@ -136,6 +128,9 @@ class Generate(ModelOptions):
 
     def _print(self, checkpoint: Checkpoint, jobs: list[Job], tokenizer: Tokenizer | None) -> None:
         """Prints each prompt with its continuation, in the order of the prompts."""
+        from zamba2_jax.generate.batch import make_engine, run_jobs
+        from zamba2_jax.generate.engine import Token
+
         bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
 
         def show(text: str) -> None:
@@ -157,6 +152,9 @@ class Generate(ModelOptions):
 
     def _settings(self, checkpoint: Checkpoint, jobs: list[Job], tokenizer: Tokenizer | None) -> dict[str, Any]:
         """What the results depend on."""
+        from zamba2_jax.checkpoint.hf import fingerprint
+        from zamba2_jax.generate.batch import settings_of
+
         texts = None if tokenizer is None else hashlib.sha256(tokenizer.backend.to_str().encode()).hexdigest()
         return settings_of(
             jobs,
@@ -173,6 +171,18 @@ class Generate(ModelOptions):
 
     def _write(self, checkpoint: Checkpoint, jobs: list[Job], tokenizer: Tokenizer | None) -> int:
         """Writes results as they are done."""
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+        from zamba2_jax.generate.batch import (
+            check_settings,
+            find_results,
+            make_engine,
+            open_results,
+            result,
+            run_jobs,
+            write_result,
+        )
+
         finished: set[str | int] = set()
         if self.output is not None:
             finished = find_results(self.output, jobs, resume=self.resume)

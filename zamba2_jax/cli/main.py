@@ -40,6 +40,7 @@ COMMANDS = {
         "zamba2_jax.cli.export", "Export", "Write a checkpoint of a training run as a Hugging Face checkpoint."
     ),
     "generate": Entry("zamba2_jax.cli.generate", "Generate", "Continue prompts with a model."),
+    "inspect": Entry("zamba2_jax.cli.inspect", "Inspect", "Say which parts of a model its predictions need."),
     "plan": Entry(
         "zamba2_jax.cli.plan",
         "Plan",
@@ -103,3 +104,7 @@ def _constructor(entry: Entry, *, chosen: bool) -> Callable[..., Command]:
     if chosen:
         return getattr(importlib.import_module(entry.module), entry.name)
     return dataclasses.make_dataclass(entry.name, [], namespace={"__doc__": entry.summary})
+
+
+if __name__ == "__main__":
+    sys.exit(main())

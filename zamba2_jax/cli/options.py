@@ -1,19 +1,20 @@
 """What `zamba2 generate` and `zamba2 chat` share: which model, and how its tokens are chosen."""
 
+from __future__ import annotations
+
 import dataclasses
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import jax
 import tyro
 
-from zamba2_jax.checkpoint.hf import find_entries, load_hf
-from zamba2_jax.checkpoint.hub import local_directory
 from zamba2_jax.config import Zamba2Config
-from zamba2_jax.generate.sampling import Sampling
-from zamba2_jax.model.zamba2 import Zamba2
-from zamba2_jax.text.tokenizer import Tokenizer, load_tokenizer, stop_tokens
+
+if TYPE_CHECKING:
+    from zamba2_jax.generate.sampling import Sampling
+    from zamba2_jax.model.zamba2 import Zamba2
+    from zamba2_jax.text.tokenizer import Tokenizer
 
 Dtype = Literal["auto", "stored", "float32", "bfloat16"]
 
@@ -47,15 +48,19 @@ class ModelOptions:
         Raises:
             ValueError: a value is out of its range.
         """
+        from zamba2_jax.generate.sampling import Sampling
+
         return Sampling(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Sampling)})
 
-    def open(self) -> "Checkpoint":
+    def open(self) -> Checkpoint:
         """All of the checkpoint but its weights, which are only looked for.
 
         Raises:
             FileNotFoundError: there is no such checkpoint, or it lacks a file.
             ValueError: a file of it, or `capacity`, is not valid.
         """
+        from zamba2_jax.checkpoint.hf import find_entries, local_directory
+
         if self.capacity is not None and self.capacity < 1:
             raise ValueError(f"--capacity {self.capacity}: expected at least 1")
         directory = local_directory(self.model)
@@ -74,21 +79,29 @@ class Checkpoint:
 
     def tokenizer(self) -> Tokenizer:
         """Its tokenizer; raises as `load_tokenizer`."""
+        from zamba2_jax.text.tokenizer import load_tokenizer
+
         return load_tokenizer(self.directory)
 
     def stop_tokens(self, tokenizer: Tokenizer | None) -> tuple[int, ...]:
         """The ids that end a text, as far as the model knows them."""
+        from zamba2_jax.text.tokenizer import stop_tokens
+
         ends = stop_tokens(self.directory) if tokenizer is None else tokenizer.end_tokens
         return tuple(id_ for id_ in ends if id_ < self.config.vocab_size)
 
     def load(self) -> Zamba2:
         """The model; raises as `load_hf`. What is compiled from here on is kept for the next time."""
+        from zamba2_jax.checkpoint.hf import load_hf
+
         keep_compiled_programs()
         dtype = self.compute_dtype()
         return load_hf(self.directory, dtype=None if dtype == "stored" else dtype)
 
     def compute_dtype(self) -> Dtype:
         """What "auto" means on this machine."""
+        import jax
+
         if self.dtype != "auto":
             return self.dtype
         return "float32" if jax.default_backend() == "cpu" else "stored"
@@ -96,6 +109,8 @@ class Checkpoint:
 
 def keep_compiled_programs() -> None:
     """Has JAX keep compiled programs: where JAX_COMPILATION_CACHE_DIR says, or in the user's cache directory."""
+    import jax
+
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(caches / "zamba2-jax" / "compiled"))

@@ -1,5 +1,7 @@
 """`zamba2 parity`: the numbers of this package against PyTorch's."""
 
+from __future__ import annotations
+
 import dataclasses
 import importlib.util
 import json
@@ -11,18 +13,19 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 from rich.console import Console
-from rich.status import Status
 from rich.table import Table
 
 from zamba2_jax.cli.output import check_json_option, table_console
 from zamba2_jax.cli.several import Several, values
 from zamba2_jax.config import Zamba2Config
 from zamba2_jax.files import write_atomically
-from zamba2_jax.parity.case import VARIANTS, Case
-from zamba2_jax.parity.evidence import Row
 
 if TYPE_CHECKING:
+    from rich.status import Status
+
+    from zamba2_jax.parity.case import Case
     from zamba2_jax.parity.check import Report
+    from zamba2_jax.parity.evidence import Row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +92,8 @@ class Parity:
         return 1 if failed else 0
 
     def _cases(self) -> list[Case]:
+        from zamba2_jax.parity.case import VARIANTS, Case
+
         if self.model is not None and self.preset is not None:
             raise ValueError("--model and --preset exclude each other")
         names = values(self.variants)
@@ -109,7 +114,7 @@ class Parity:
             raise ValueError(f"--variants {' '.join(unknown)}: unknown, expected some of {', '.join(VARIANTS)}")
         return [VARIANTS[name] for name in names or VARIANTS]
 
-    def _reports(self, cases: list[Case]) -> "Iterator[Report]":
+    def _reports(self, cases: list[Case]) -> Iterator[Report]:
         from zamba2_jax.parity.check import check
         from zamba2_jax.parity.streaming import check_streaming
 
@@ -147,7 +152,7 @@ def _table(title: str, rows: Iterable[Row]) -> Table:
     return table
 
 
-def _print_verdict(console: Console, report: "Report") -> None:
+def _print_verdict(console: Console, report: Report) -> None:
     if not report.failures:
         console.print(f"{report.case}: within the limits\n", style="green", soft_wrap=True)
         return

@@ -1,24 +1,23 @@
 """`zamba2 plan`: what a training step takes on chips that are not there."""
 
+from __future__ import annotations
+
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import jax
 import tyro
 from rich.console import Console
 from rich.table import Table
 
+from zamba2_jax.choices import Implementation, Remat
 from zamba2_jax.cli.output import check_json_option, table_console
 from zamba2_jax.config import Zamba2Config
 from zamba2_jax.files import write_json
-from zamba2_jax.model.stack import Remat
-from zamba2_jax.ops.ssd import Implementation
-from zamba2_jax.plan.chips import Slice, describe_slice
-from zamba2_jax.plan.estimate import DoesNotFitError, Estimate, Job, estimate
-from zamba2_jax.plan.search import candidates
-from zamba2_jax.sharding import MESH_AXES
-from zamba2_jax.train.step import StepConfig
+
+if TYPE_CHECKING:
+    from zamba2_jax.plan.chips import Slice
+    from zamba2_jax.plan.estimate import Estimate, Job
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +57,11 @@ class Plan:
         Raises:
             ValueError: an option is not valid, or the extra `tpu` is not installed.
         """
+        import jax
+
+        from zamba2_jax.plan.chips import describe_slice
+        from zamba2_jax.plan.search import candidates
+
         check_json_option(self.json)
         job = self._job()
         jax.config.update("jax_platforms", "cpu")  # nothing runs: an accelerator that is there stays free
@@ -82,6 +86,9 @@ class Plan:
         return 0 if fitting else 1
 
     def _job(self) -> Job:
+        from zamba2_jax.plan.estimate import Job
+        from zamba2_jax.train.step import StepConfig
+
         for name in ("batch", "seq"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: expected an integer >= 1")
@@ -97,6 +104,8 @@ class Plan:
 
 
 def _try(job: Job, slice: Slice, sizes: dict[str, int], label: str, console: Console) -> Estimate | None:
+    from zamba2_jax.plan.estimate import DoesNotFitError, estimate
+
     try:
         with console.status(f"compiling {label}"):
             return estimate(job, slice, sizes)
@@ -107,6 +116,8 @@ def _try(job: Job, slice: Slice, sizes: dict[str, int], label: str, console: Con
 
 def _sizes(text: str, chips: int) -> dict[str, int]:
     """The sizes of the mesh's axes."""
+    from zamba2_jax.sharding import MESH_AXES
+
     if not text:
         return {"fsdp": chips}
     sizes = {}

@@ -7,11 +7,8 @@ from typing import Annotated
 
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from zamba2_jax.cli.several import Several, values
-from zamba2_jax.train.sources import size_of, sources_at
-from zamba2_jax.train.tokenize import tokenize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +46,11 @@ class Tokenize:
             ValueError: an option is not valid, or a file is not what it should be.
             OSError: a file cannot be read or written.
         """
+        from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+        from zamba2_jax.train.sources import size_of, sources_at
+        from zamba2_jax.train.tokenize import tokenize
+
         sources = [
             source
             for path in values(self.input)

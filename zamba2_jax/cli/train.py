@@ -6,14 +6,10 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import jax
 import tyro
 from rich.console import Console
 
 from zamba2_jax.cli.several import Several, values
-from zamba2_jax.train.config import load_config
-from zamba2_jax.train.loop import DivergedError
-from zamba2_jax.train.run import run
 
 HEARTBEAT = 30
 """Seconds without a sign of life after which a process counts as lost."""
@@ -47,6 +43,12 @@ class Train:
             ValueError: an option, the config or the data is not valid.
             OSError: a file cannot be read or written.
         """
+        import jax
+
+        from zamba2_jax.train.config import load_config
+        from zamba2_jax.train.loop import DivergedError
+        from zamba2_jax.train.run import run
+
         config = load_config(self.config, values(self.overrides))
         several = self._join()
         console = Console(highlight=False, quiet=jax.process_index() != 0)
@@ -83,6 +85,8 @@ class Train:
             )
         if not self.distributed and missing:
             return False
+        import jax
+
         jax.distributed.initialize(
             self.coordinator, self.process_count, self.process_id, heartbeat_timeout_seconds=HEARTBEAT
         )

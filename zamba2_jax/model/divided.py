@@ -4,6 +4,7 @@ Without a mesh they are the ops. Rows of a full pass are divided over the axes o
 are not divided in time, and over `batch` only if it divides their number: else every device has all of them.
 """
 
+from collections.abc import Callable
 from functools import partial
 from math import gcd
 
@@ -44,13 +45,38 @@ def cross_entropy(
     """`ops.cross_entropy`, the head divided by rows: no device has logits of the whole vocabulary."""
     rows = row_axes(len(targets), cached=False)
     op = partial(ops.cross_entropy, z_loss=z_loss, chunk_size=chunk_size, vocab_axis=split_axis("vocab"))
+    return _summed(op, rows)(h, w, targets, weights)
+
+
+def predictions(
+    h: Float[Array, "b t d"],
+    w: Float[Array, "v d"],
+    targets: Int[Array, "b t"],
+    weights: Float[Array, "b t"],
+    *,
+    chunk_size: int,
+) -> tuple[Float[Array, ""], Int[Array, ""]]:
+    """`ops.predictions`, the head divided by rows."""
+    rows = row_axes(len(targets), cached=False)
+    op = partial(ops.predictions, chunk_size=chunk_size, vocab_axis=split_axis("vocab"))
+    return _summed(op, rows)(h, w, targets, weights)
+
+
+def _summed(
+    op: Callable[..., tuple[Array, ...]], rows: tuple[str | None, str | None]
+) -> Callable[..., tuple[Array, Array]]:
+    """Two sums over rows, of which each device takes its rows' part."""
 
     def part(*arrays: Array) -> tuple[Array, ...]:
         return tuple(jnp.reshape(of_device, (1, 1)) for of_device in op(*arrays))
 
     run = per_device(part, [(*rows, None), ("vocab", None), rows, rows], [rows, rows])
-    objective, nll = run(h, w, targets, weights)
-    return objective.sum(), nll.sum()
+
+    def whole(*arrays: Array) -> tuple[Array, Array]:
+        first, second = run(*arrays)
+        return first.sum(), second.sum()
+
+    return whole
 
 
 def causal_conv1d(

@@ -96,6 +96,35 @@ def named_parameters(module: nnx.Module) -> dict[str, nnx.Param]:
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
+def describe(module: nnx.Module) -> list[str]:
+    """A line for each kind of parameter: its path, the numbers of layers and the like put together, count and shape.
+
+    What stands in place of parameters, as in a tree of labels, is shown as it is.
+    """
+    kinds: dict[tuple[str, str], list[list[str]]] = {}
+    for name, leaf in named_parameters(module).items():
+        value = leaf.get_value() if isinstance(leaf, nnx.Param) else leaf
+        has_shape = hasattr(value, "shape") and hasattr(value, "dtype")
+        text = f"{value.dtype}{list(value.shape)}" if has_shape else f"{value!r:.60}"
+        path = name.split(".")
+        numbers = [part for part in path if part.isdecimal()]
+        kinds.setdefault((".".join("#" if part.isdecimal() else part for part in path), text), []).append(numbers)
+    lines = []
+    for (pattern, text), alike in kinds.items():
+        for column in zip(*alike, strict=True):
+            pattern = pattern.replace("#", _span([int(number) for number in column]), 1)
+        lines.append(f"{pattern}: {f'{len(alike)} x ' if len(alike) > 1 else ''}{text}")
+    return lines
+
+
+def _span(numbers: Sequence[int]) -> str:
+    first, last = numbers[0], numbers[-1]
+    if first == last:
+        return str(first)
+    whole = list(numbers) == list(range(first, last + 1))
+    return f"[{first}-{last}]" if whole else f"[{','.join(map(str, numbers))}]"
+
+
 def with_values(module: ModuleT, values: Mapping[str, jax.Array]) -> ModuleT:
     """The module with the array at each parameter's path, as `named_parameters` names it, for its value."""
     leaves, structure = jax.tree.flatten(module, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))

@@ -5,12 +5,13 @@ Only the way is another: parameters stay where `Zamba2` has them, and values are
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from zamba2_jax.choices import Remat
 from zamba2_jax.config import HybridPlan, Zamba2Config
 from zamba2_jax.model.divided import embed
 from zamba2_jax.model.mamba import MambaLayer
@@ -20,11 +21,7 @@ from zamba2_jax.model.zamba2 import Zamba2, default_positions
 from zamba2_jax.ops.norm import rms_norm
 from zamba2_jax.ops.ssd import Implementation
 from zamba2_jax.sharding import constrain, gather_parameters
-from zamba2_jax.typing import Array, DTypeLike, Float, Int, cast_matrices
-
-Remat = Literal["none", "layer", "matmuls"]
-"""What the forward pass keeps for the backward one: all; the input of each layer; the results of its matrix products,
-or sums of these, too, all else being recomputed."""
+from zamba2_jax.typing import Array, Bool, DTypeLike, Float, Int, cast_matrices
 
 SUMS = ("attention.q", "attention.k", "attention.v", "mlp.gate", "mlp.up")
 """Taps of a shared block at sums of matrix products: "matmuls" keeps these, and so not their terms."""
@@ -33,15 +30,41 @@ Tree = TypeVar("Tree")
 
 
 class Documents(NamedTuple):
-    """Where the tokens of packed rows belong; see `Zamba2.__call__`."""
+    """What is the same at every layer and has no gradient.
+
+    Attributes:
+        positions, segment_ids: where the tokens of packed rows belong; see `Zamba2.__call__`.
+        observed: whether calls are observed; None where nothing observes them.
+    """
 
     positions: Int[Array, "b t"]
     segment_ids: Int[Array, "b t"] | None
+    observed: Bool[Array, ""] | None = None
 
+
+class ObservedCall(NamedTuple):
+    """What flows at a call of a shared block.
+
+    Attributes:
+        residual: the stream that the call reads.
+        output: what the call gives to its layer's mixer.
+        q, k: of its attention, as they are multiplied.
+        segment_ids: documents of the rows.
+    """
+
+    residual: Float[Array, "b t d"]
+    output: Float[Array, "b t d"]
+    q: Float[Array, "b t h p"]
+    k: Float[Array, "b t kv p"]
+    segment_ids: Int[Array, "b t"] | None
+
+
+Observe = Callable[[ObservedCall], Any]
+"""Numbers of one call, a tree of small arrays; no gradient flows through them."""
 
 Block = tuple[SharedBlock, Projected]
 """A shared block, and what it has projected of the embeddings."""
-CallShared = Callable[[Documents, Block, SharedCall, Array, Array], Array]
+CallShared = Callable[[Documents, Block, SharedCall, Array, Array], tuple[Array, Any]]
 Mix = Callable[[Documents, MambaLayer, Array, Array | None], Array]
 
 
@@ -73,7 +96,9 @@ def hidden_states(
     scan: bool = False,
     dtype: DTypeLike | None = None,
     implementation: Implementation | None = None,
-) -> Float[Array, "b t d"]:
+    observe: Observe | None = None,
+    observed: Bool[Array, ""] | bool = True,
+) -> tuple[Float[Array, "b t d"], Any]:
     """`Zamba2.hidden_states` of whole rows, with the memory and the compile time of training at scale.
 
     Args:
@@ -86,16 +111,37 @@ def hidden_states(
             that one layer and one shared block are compiled; else every one is compiled by itself.
         dtype: the compute dtype; by default that of the model.
         implementation: of the scan of Mamba2; see `ops.ssd`.
+        observe: what is to be known of every call of a shared block.
+        observed: whether it is to be known now; where not, nothing is computed for it.
+
+    Returns:
+        The hidden states, and what `observe` gives, stacked up over the calls: zeros where it is not to be known now,
+        and None without it or without calls.
     """
     embedded = embed(tokens, model.embed[...], cached=False).astype(dtype or model.dtype)
     h = embedded = constrain(embedded, "batch", "time", None)
     layers = cast_matrices(list(model.layers), dtype)
-    documents = Documents(default_positions(embedded, segment_ids), segment_ids)
+    documents = Documents(
+        default_positions(embedded, segment_ids), segment_ids, None if observe is None else jnp.asarray(observed)
+    )
 
-    def call_shared(documents: Documents, block: Block, call: SharedCall, h: Array, embedded: Array) -> Array:
+    def call_shared(documents: Documents, block: Block, call: SharedCall, h: Array, embedded: Array) -> Any:
         shared = gather_parameters(cast_matrices(block[0], dtype))
         call = gather_parameters(cast_matrices(call, dtype))
-        return shared(h, embedded, block[1], call, *documents, tap=_name_sums if remat == "matmuls" else no_tap)[0]
+        tap = _name_sums if remat == "matmuls" else no_tap
+        if observe is None or documents.observed is None:
+            return shared(h, embedded, block[1], call, *documents[:2], tap=tap)[0], None
+        seen: dict[str, Array] = {}
+
+        def see(name: str, value: Array) -> Array:
+            value = tap(name, value)
+            if name in ("attention.q", "attention.k"):
+                seen[name] = value
+            return value
+
+        output = shared(h, embedded, block[1], call, *documents[:2], tap=see)[0]
+        of_call = ObservedCall(h, output, seen["attention.q"], seen["attention.k"], documents.segment_ids)
+        return output, when(documents.observed, observe, jax.lax.stop_gradient(of_call))
 
     def mix(documents: Documents, layer: MambaLayer, h: Array, given: Array | None) -> Array:
         layer = gather_parameters(layer)
@@ -110,16 +156,24 @@ def hidden_states(
     project = _checkpointed(project, remat, in_scan=False)
     blocks = [(shared, project(shared, embedded)) for shared in model.shared]
     if scan:
-        h = _by_scan(model, layers, blocks, embedded, documents, call_shared, mix, remat)
+        h, of_calls = _by_scan(model, layers, blocks, embedded, documents, call_shared, mix, remat)
     else:
+        of_each = []
         call_kept, mix_kept = (_checkpointed(function, remat, in_scan=False) for function in (call_shared, mix))
         for row, layer in zip(model.config.layer_plan, layers, strict=True):
             given = None
             if row.hybrid is not None:
                 block, call = blocks[row.hybrid.block], model.calls[row.hybrid.call]
-                given = call_kept(documents, block, call, h, embedded)
+                given, of_call = call_kept(documents, block, call, h, embedded)
+                of_each.append(of_call)
             h = mix_kept(documents, layer, h, given)
-    return rms_norm(h, model.norm[...], model.config.rms_norm_eps)
+        of_calls = _stack(of_each) if of_each else None
+    return rms_norm(h, model.norm[...], model.config.rms_norm_eps), of_calls
+
+
+def when(condition: Bool[Array, ""], function: Callable[[Any], Tree], argument: Any) -> Tree:
+    """`function` of the argument where the condition comes true, else zeros, for which nothing is computed."""
+    return jax.lax.cond(condition, function, partial(_zeros, function), argument)
 
 
 def _by_scan(
@@ -131,32 +185,37 @@ def _by_scan(
     call_shared: CallShared,
     mix: Mix,
     remat: Remat,
-) -> Array:
-    """All layers: a scan over the groups, and in it one over the layers of each, filled up to the longest group.
+) -> tuple[Array, Any]:
+    """All layers, and what is observed of the calls.
+
+    A scan over the groups, and in it one over the layers of each, filled up to the longest group.
 
     What fills up, and the call that the first group may lack, is passed over when it runs.
     """
     plan, stacked = groups(model.config), _stack(blocks)
     size = max(len(group.layers) for group in plan)
 
-    def call_one(at: tuple[Array, Documents], blocks: Any, call: SharedCall, h: Array, embedded: Array) -> Array:
+    def call_one(at: tuple[Array, Documents], blocks: Any, call: SharedCall, h: Array, embedded: Array) -> Any:
         return call_shared(at[1], jax.tree.map(lambda leaf: leaf[at[0]], blocks), call, h, embedded)
+
+    def call_none(*arguments: Any) -> Any:
+        return _zeros(call_one, *arguments)
 
     def mix_one(at: tuple[Array, Documents], layer: MambaLayer, h: Array, given: Array) -> Array:
         return mix(at[1], layer, h, jnp.where(at[0] == 0, given, 0))
 
-    call_if = _conditional(call_one, lambda at, blocks, call, h, embedded: jnp.zeros_like(h), remat)
+    call_if = _conditional(call_one, call_none, remat)
     mix_if = _conditional(mix_one, lambda at, layer, h, given: h, remat)
 
-    def in_group(h: Array, parts: tuple[MambaLayer, SharedCall, Array, Array, Array]) -> tuple[Array, None]:
+    def in_group(h: Array, parts: tuple[MambaLayer, SharedCall, Array, Array, Array]) -> tuple[Array, Any]:
         layers, call, block, calls, length = parts
-        given = call_if(calls, (block, documents), stacked, call, h, embedded)
+        given, of_call = call_if(calls, (block, documents), stacked, call, h, embedded)
 
         def in_layer(h: Array, part: tuple[MambaLayer, Array]) -> tuple[Array, None]:
             layer, i = part
             return mix_if(i < length, (i, documents), layer, h, given), None
 
-        return jax.lax.scan(in_layer, h, (layers, jnp.arange(size)))[0], None
+        return jax.lax.scan(in_layer, h, (layers, jnp.arange(size)))[0], of_call
 
     each = [
         (
@@ -168,10 +227,12 @@ def _by_scan(
         )
         for group in plan
     ]
-    return jax.lax.scan(in_group, embedded, _stack(each))[0]
+    h, of_groups = jax.lax.scan(in_group, embedded, _stack(each))
+    with_call = [i for i, group in enumerate(plan) if group.call is not None]
+    return h, jax.tree.map(lambda numbers: numbers[jnp.asarray(with_call)], of_groups) if with_call else None
 
 
-def _conditional(function: Callable[..., Array], otherwise: Callable[..., Array], remat: Remat) -> Callable[..., Array]:
+def _conditional(function: Callable[..., Any], otherwise: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
     """`function` of (integers, *trees of floats) where a condition comes true, else `otherwise`, in a scan.
 
     The derivative of `jax.lax.cond` has what a branch keeps among its results, and a scan stacks them up, even what all
@@ -182,13 +243,13 @@ def _conditional(function: Callable[..., Array], otherwise: Callable[..., Array]
         return lambda condition, *arguments: jax.lax.cond(condition, kept, otherwise, *arguments)
 
     @jax.custom_vjp
-    def choose(condition: Array, integers: Any, *trees: Any) -> Array:
+    def choose(condition: Array, integers: Any, *trees: Any) -> Any:
         return jax.lax.cond(condition, function, otherwise, integers, *trees)
 
-    def forward(*arguments: Any) -> tuple[Array, Any]:
+    def forward(*arguments: Any) -> tuple[Any, Any]:
         return choose(*arguments), arguments
 
-    def backward(arguments: Any, cotangent: Array) -> tuple[Any, ...]:
+    def backward(arguments: Any, cotangent: Any) -> tuple[Any, ...]:
         condition, integers, *trees = arguments
 
         def pulled(branch: Callable[..., Array]) -> Callable[..., Any]:
@@ -213,6 +274,11 @@ def _checkpointed(function: Callable[..., Tree], remat: Remat, *, in_scan: bool)
 def _name_sums(name: str, value: Array) -> Array:
     """The tap that shows `_checkpointed` the `SUMS`."""
     return checkpoint_name(value, name) if name in SUMS else value
+
+
+def _zeros(function: Callable[..., Tree], *arguments: Any) -> Tree:
+    """Zeros in the shape of what the function gives."""
+    return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), jax.eval_shape(function, *arguments))
 
 
 def _stack(trees: Sequence[Tree]) -> Tree:

@@ -40,12 +40,14 @@ def capture(
 ) -> tuple[Array, dict[str, Array]]:
     """Runs the model and returns its logits and the values at the selected taps.
 
-    A pure function, so it can be compiled: `jax.jit(partial(capture, select=("layers.*.output",)))(model, tokens)`.
+    A pure function, so it can be compiled: `jax.jit(partial(capture, select=("*.attention.q",)))(model, tokens)` gives
+    the queries of every call of a shared block.
 
     Args:
         model: the model.
         tokens, **kwargs: as in `Zamba2.__call__`.
-        select: shell-style patterns of tap names; `*` matches dots too.
+        select: shell-style patterns of tap names. `*` matches dots too, so that "layers.*.output" has the outputs of
+            layers, mixers and shared blocks; those of layers alone are ("layers.?.output", "layers.??.output").
         edits: for a tap name or pattern, a function whose result takes the value's place, as for an ablation:
             `{"layers.5.shared.output": jnp.zeros_like}`. Captured values are those after the edit.
 

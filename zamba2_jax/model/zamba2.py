@@ -9,7 +9,7 @@ from zamba2_jax.config import Zamba2Config
 from zamba2_jax.model.cache import Cache, KVCache, MambaState, placed
 from zamba2_jax.model.divided import embed, row_axes
 from zamba2_jax.model.mamba import MambaLayer
-from zamba2_jax.model.parameter import KeyStream, norm_scale, normal, param
+from zamba2_jax.model.parameter import KeyStream, describe, norm_scale, normal, param
 from zamba2_jax.model.shared import SharedBlock, SharedCall
 from zamba2_jax.model.tap import Tap, no_tap, scoped
 from zamba2_jax.ops.linear import linear
@@ -24,6 +24,9 @@ _Mixed = tuple[Array, MambaState]
 
 class Zamba2(nnx.Module):
     """Zamba2 (arXiv:2411.15242), a pytree of its parameters: it goes through `jax.jit`, `jax.grad` and `optax`.
+
+    Where optax takes a tree or a function that makes one, as for the labels of `optax.multi_transform`, give it the
+    function, `lambda model: labels`: a tree of labels made from a model is a `Zamba2` too, which optax would call.
 
     Attributes:
         config: the architecture.
@@ -50,6 +53,12 @@ class Zamba2(nnx.Module):
         self.calls = nnx.List([SharedCall(config, rngs=keys, dtype=dtype) for _ in range(config.num_calls)])
         self.norm = norm_scale(keys, d, dtype)
         self.head = None if config.tie_embeddings else param(keys, matrix, (v, d), ("vocab", "d_model"), dtype)
+
+    def __repr__(self) -> str:
+        """On a page: the architecture, and a line for each kind of parameter."""
+        return "\n".join([f"Zamba2({self.config},", *(f"  {line}" for line in describe(self)), ")"])
+
+    __str__ = __repr__
 
     def __call__(
         self,

@@ -2,7 +2,7 @@
 
 from zamba2_jax.ops.attention import cached_attention, causal_attention
 from zamba2_jax.ops.conv import causal_conv1d, causal_conv1d_step
-from zamba2_jax.ops.cross_entropy import cross_entropy
+from zamba2_jax.ops.cross_entropy import cross_entropy, predictions
 from zamba2_jax.ops.embedding import embed
 from zamba2_jax.ops.geglu import geglu
 from zamba2_jax.ops.linear import adapter, linear
@@ -25,6 +25,7 @@ __all__ = [
     "gated_rms_norm",
     "geglu",
     "linear",
+    "predictions",
     "rms_norm",
     "rotate",
     "ssd",

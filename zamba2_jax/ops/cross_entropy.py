@@ -44,6 +44,32 @@ def cross_entropy(
     return objective, jax.lax.stop_gradient(nll)
 
 
+def predictions(
+    h: Float[Array, "b t d"],
+    w: Float[Array, "v d"],
+    targets: Int[Array, "b t"],
+    weights: Float[Array, "b t"],
+    *,
+    chunk_size: int = 256,
+    vocab_axis: str | None = None,
+) -> tuple[Float[Array, ""], Int[Array, ""]]:
+    """The sum of weights * nll, as `cross_entropy` has it, and the number of hits: no gradient flows through them.
+
+    A hit is a target of a weight above 0 that is the likeliest token, of equals the first. Arguments as there.
+    """
+    weights = weights.astype(at_least_fp32(h.dtype))
+
+    def of_chunk(chunk: tuple[Array, ...]) -> tuple[Array, Array]:
+        h, targets, weights = chunk
+        logits = linear(h, w.astype(h.dtype), dtype=weights.dtype)
+        log_p, _ = _log_probability(logits, targets, vocab_axis)
+        hits = (weights > 0) & (_likeliest(logits, vocab_axis) == targets)
+        return -jnp.sum(weights * log_p), hits.sum(dtype=jnp.int32)
+
+    nlls, hits = jax.lax.map(of_chunk, _chunks((h, targets, weights), chunk_size))
+    return jax.lax.stop_gradient(nlls.sum()), hits.sum()
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _sums(
     h: Array, w: Array, targets: Array, weights: Array, z_loss: float, chunk_size: int, vocab_axis: str | None
@@ -100,6 +126,17 @@ def _log_probability(
     index, here = own_index(targets, logits.shape[-1], vocab_axis)
     picked = jnp.where(here, jnp.take_along_axis(logits, index[..., None], axis=-1)[..., 0] - top, 0)
     return jax.lax.psum(picked, vocab_axis) - jnp.log(total), top + jnp.log(total)
+
+
+def _likeliest(logits: Float[Array, "b t v"], vocab_axis: str | None) -> Int[Array, "b t"]:
+    """The token of the largest logit, the first of equals."""
+    likeliest = jnp.argmax(logits, axis=-1)
+    if vocab_axis is None:
+        return likeliest
+    largest = logits.max(axis=-1)
+    whole = logits.shape[-1] * jax.lax.axis_size(vocab_axis)
+    index = likeliest + logits.shape[-1] * jax.lax.axis_index(vocab_axis)
+    return jax.lax.pmin(jnp.where(largest == jax.lax.pmax(largest, vocab_axis), index, whole), vocab_axis)
 
 
 def map_positions(f: Callable[..., Tree], h: Float[Array, "b t d"], targets: Int[Array, "b t"], size: int) -> Tree:

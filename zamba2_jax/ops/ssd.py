@@ -2,18 +2,17 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax.numpy as jnp
 
+from zamba2_jax.choices import Implementation
 from zamba2_jax.ops.decay import MAX_CHUNK, log_decays
 from zamba2_jax.ops.placement import kernels, on_one_cpu, platform
 from zamba2_jax.ops.ssd_pallas_tpu import ssd_pallas_tpu
 from zamba2_jax.ops.ssd_reference import ssd_associative, ssd_sequential
 from zamba2_jax.ops.ssd_xla import ssd_xla
 from zamba2_jax.typing import Array, DTypeLike, Float, Int, at_least_fp32
-
-Implementation = Literal["xla", "pallas_tpu", "pallas_gpu", "associative", "sequential"]
 
 
 def ssd(

@@ -14,6 +14,11 @@ class Frame(NamedTuple):
     begin: tuple[int, ...]
     end: tuple[int, ...]
 
+    @property
+    def size(self) -> int:
+        """Tokens that a document takes beside its own."""
+        return len(self.begin) + len(self.end)
+
 
 def frame_of(tokenizer: Tokenizer, bos: str | None = None, eos: str | None = None) -> Frame:
     """The frame of a tokenizer's documents.

@@ -12,10 +12,10 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from zamba2_jax.checkpoint.hub import local_directory
 from zamba2_jax.config import Zamba2Config
-from zamba2_jax.train.optimizer import AdamW
+from zamba2_jax.train.optimizer import AdamW, Muon
 from zamba2_jax.train.schedule import Phase, learning_rate
-from zamba2_jax.train.sources import SourceConfig
 from zamba2_jax.train.step import StepConfig
+from zamba2_jax.train.synthetic import AnySource
 
 T = TypeVar("T")
 
@@ -89,11 +89,11 @@ class EvaluationConfig:
 
     Attributes:
         every: steps between evaluations, counted within a phase.
-        sources: held-out documents by name; all of them are used every time.
+        sources: held-out documents or synthetic tasks by name; all of them are used every time.
     """
 
     every: int = 1000
-    sources: Mapping[str, SourceConfig] = dataclasses.field(default_factory=dict)
+    sources: Mapping[str, AnySource] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,11 +103,14 @@ class LoggingConfig:
     Attributes:
         every: steps to a record, counted within a phase.
         tensorboard: whether to write TensorBoard files beside metrics.jsonl.
+        health_every: steps to a measurement of the run's health, counted from its start; 0 for never. See
+            docs/health.md.
         profile_start: step after which `jax.profiler` starts to look, at least 1, None for never.
         profile_steps: how many steps it looks at.
     """
 
     every: int = 10
+    health_every: int = 20
     tensorboard: bool = True
     profile_start: int | None = None
     profile_steps: int = 3
@@ -123,13 +126,16 @@ class RunConfig:
         tokenizer: "embedded", one trained on the embedded corpus; or what `load_tokenizer` takes, a tokenizer.json, a
             sentencepiece model, a directory that holds one, or the id of a repository on the Hugging Face hub. By
             default that of the token files, if there are such sources, or else of `model.hf`.
-        sources: documents to train on, by the names that the shares of phases use.
+        sources: documents and synthetic tasks to train on, by the names that the shares of phases use.
         phases: one after the other.
         learning_rate: the peak that fractions in the phases are of.
         batch_size: rows of a step, on all devices together.
         length: tokens of a row.
-        optimizer: AdamW and its numbers.
-        seed: of the initial weights and the order of the data.
+        optimizer: AdamW or Muon, by its `kind`, with its numbers and groups of parameters.
+        seed: of the initial weights, and of the data where `data_seed` is None.
+        data_seed: of the order of the data and of the examples of synthetic tasks.
+        init_scale: factors of the initial matrices by pattern of their names, of which the last that fits counts; see
+            `train.patterns`.
         dtype: of the weight matrices; vectors are float32.
         step: how a step is computed: its compute dtype, parts of a batch, what is kept for the backward pass.
         mesh: over which the run is divided.
@@ -143,13 +149,15 @@ class RunConfig:
     directory: str
     model: ModelConfig
     tokenizer: str | None = None
-    sources: Mapping[str, SourceConfig]
+    sources: Mapping[str, AnySource]
     phases: tuple[Phase, ...]
     learning_rate: float
     batch_size: int
     length: int
-    optimizer: AdamW = dataclasses.field(default_factory=AdamW)
+    optimizer: AdamW | Muon = dataclasses.field(default_factory=AdamW)
     seed: int = 0
+    data_seed: int | None = None
+    init_scale: Mapping[str, float] = dataclasses.field(default_factory=dict)
     dtype: Literal["float32", "bfloat16"] = "float32"
     step: StepConfig = dataclasses.field(default_factory=StepConfig)
     mesh: MeshConfig = MeshConfig()
@@ -171,12 +179,18 @@ class RunConfig:
         }
         for name, value in at_least_one.items():
             _require(value is None or value >= 1, name, value, "at least 1")
+        _require(self.logging.health_every >= 0, "logging.health_every", self.logging.health_every, "at least 0")
         _require(self.length >= 2, "length", self.length, "at least 2")
         parts = self.step.microbatches
         _require(
             self.batch_size % parts == 0, "batch_size", self.batch_size, f"a multiple of step.microbatches={parts}"
         )
-        _require(0 <= self.seed < 2**31, "seed", self.seed, "an integer in [0, 2^31)")
+        for name, seed in (("seed", self.seed), ("data_seed", self.data_seed)):
+            _require(seed is None or 0 <= seed < 2**31, name, seed, "an integer in [0, 2^31)")
+        for pattern, factor in self.init_scale.items():
+            _require(0 < factor < math.inf, f"init_scale.{pattern}", factor, "a finite number > 0")
+        none = not self.init_scale or self.model.hf is None
+        _require(none, "init_scale", self.init_scale, f"none, since model.hf={self.model.hf!r} gives the weights")
         start = self.logging.profile_start
         _require(start is None or start >= 1, "logging.profile_start", start, "at least 1")
         learning_rate(self.phases, self.learning_rate)
@@ -215,7 +229,9 @@ def from_table(kind: type[T], table: object, place: str = "") -> T:
     """A dataclass from nested dicts and lists.
 
     Args:
-        kind: its fields may be dataclasses, numbers, texts, `Literal`, and mappings, tuples and unions of such.
+        kind: its fields may be dataclasses, numbers, texts, `Literal`, and mappings, tuples and unions of such. Of a
+            union of dataclasses the one is taken whose `kind`, a `Literal`, the table gives; without, the first one
+            if it has a default there.
         table: the values.
         place: where the table stands, for messages.
 
@@ -266,9 +282,11 @@ def _convert(kind: Any, value: Any, place: str) -> Any:
     if dataclasses.is_dataclass(kind):
         return from_table(kind, value, place)  # type: ignore[arg-type]
     if origin in (Union, types.UnionType):
-        if value is None:
+        if value is None and types.NoneType in arguments:
             return None
         inner = [argument for argument in arguments if argument is not types.NoneType]
+        if len(inner) > 1 and all(map(dataclasses.is_dataclass, inner)):
+            return _convert(_variant(inner, value, place), value, place)
         listed = isinstance(value, list | tuple)
         return _convert(next((k for k in inner if (get_origin(k) is tuple) == listed), inner[0]), value, place)
     if origin is Literal:
@@ -286,6 +304,19 @@ def _convert(kind: Any, value: Any, place: str) -> Any:
             _convert(kind, item, _join(place, str(i))) for i, (kind, item) in enumerate(zip(kinds, value, strict=True))
         )
     return _convert_scalar(kind, value, place)
+
+
+def _variant(kinds: Sequence[type], table: Any, place: str) -> type:
+    """The one of several dataclasses that a table is for."""
+    if not isinstance(table, Mapping):
+        raise ValueError(f"{place} is {table!r}: expected a table")
+    by_name = {name: kind for kind in kinds for name in get_args(get_type_hints(kind)["kind"])}
+    default = next(field.default for field in dataclasses.fields(kinds[0]) if field.name == "kind")
+    name = table.get("kind", default)
+    if name is dataclasses.MISSING:
+        raise ValueError(f"{_join(place, 'kind')} missing")
+    _require(isinstance(name, str) and name in by_name, _join(place, "kind"), name, f"one of {', '.join(by_name)}")
+    return by_name[name]
 
 
 def _convert_scalar(kind: type, value: Any, place: str) -> Any:

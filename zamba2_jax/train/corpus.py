@@ -8,7 +8,7 @@ import os
 import re
 import sysconfig
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,19 +90,45 @@ def code(max_size: int = 2_000_000) -> list[Document]:
     Raises:
         OSError: this Python's standard library has no sources.
     """
+    return sorted(_take(_code_files(), max_size))
+
+
+def held_out_code(max_size: int = 60_000) -> list[Document]:
+    """Sources of the standard library that are not in `code()`, to evaluate on.
+
+    Args:
+        max_size: bytes to take at most.
+
+    Returns:
+        The documents in the order of their paths.
+
+    Raises:
+        OSError: as `code`.
+    """
+    training = {document.name for document in code()}
+    return sorted(_take((file for file in _code_files() if file[0] not in training), max_size))
+
+
+def _code_files() -> Iterator[tuple[str, Path]]:
+    """Sources of the standard library by their names, in a fixed pseudo-random order."""
     root = Path(sysconfig.get_path("stdlib"))
     names = []
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in _NOT_CODE]
         names += [(Path(folder) / name).relative_to(root).as_posix() for name in files if name.endswith(".py")]
-    documents: list[Document] = []
-    for name in sorted(names, key=_shuffled):
-        if 0 < (root / name).stat().st_size <= max_size:
-            documents.append(Document(name, (root / name).read_text(encoding="utf-8", errors="replace")))
-            max_size -= documents[-1].size
-    if not documents:
+    if not names:
         raise OSError(f"no Python sources under {root}, the code of the embedded corpus")
-    return sorted(documents)
+    for name in sorted(names, key=_shuffled):
+        yield name, root / name
+
+
+def _take(files: Iterable[tuple[str, Path]], max_size: int) -> Iterator[Document]:
+    """The files that find room, one after the other."""
+    for name, path in files:
+        if 0 < path.stat().st_size <= max_size:
+            document = Document(name, path.read_text(encoding="utf-8", errors="replace"))
+            max_size -= document.size
+            yield document
 
 
 def split_held_out(documents: Sequence[Document], share: float) -> tuple[list[Document], list[Document]]:
@@ -138,14 +164,14 @@ class TokenizedCorpus(NamedTuple):
     Attributes:
         tokenizer: trained on what is in `train`.
         train: documents by source: "code" and "prose".
-        held_out: documents of prose that are in neither.
-        held_out_size: their bytes in UTF-8.
+        held_out: documents by the same names that are in neither.
+        held_out_sizes: their bytes in UTF-8.
     """
 
     tokenizer: Tokenizer
-    train: dict[str, Documents]
-    held_out: Documents
-    held_out_size: int
+    train: Mapping[str, Documents]
+    held_out: Mapping[str, Documents]
+    held_out_sizes: Mapping[str, int]
 
 
 def training_prose() -> list[Document]:
@@ -167,14 +193,15 @@ def held_out_prose() -> list[Document]:
 
 
 def tokenize_embedded_corpus(vocab_size: int) -> TokenizedCorpus:
-    """Reads the embedded corpus, holds prose out, and trains a tokenizer on equal amounts of prose and code.
+    """Reads the embedded corpus, holds texts out, and trains a tokenizer on equal amounts of prose and code.
 
     Raises:
         OSError: this Python has no such texts.
         ValueError: `vocab_size` has no room for the bytes, or the texts do not fill it.
     """
     code_documents = code()
-    prose_documents, held_out = split_held_out(prose(), HELD_OUT_SHARE)
+    prose_documents, prose_held_out = split_held_out(prose(), HELD_OUT_SHARE)
+    held_out = {"code": held_out_code(), "prose": prose_held_out}
     tokenizer = _train_tokenizer(code_documents, prose_documents, vocab_size)
 
     def encode(documents: Sequence[Document]) -> Documents:
@@ -184,8 +211,8 @@ def tokenize_embedded_corpus(vocab_size: int) -> TokenizedCorpus:
     return TokenizedCorpus(
         tokenizer=tokenizer,
         train={"code": encode(code_documents), "prose": encode(prose_documents)},
-        held_out=encode(held_out),
-        held_out_size=sum(document.size for document in held_out),
+        held_out={name: encode(documents) for name, documents in held_out.items()},
+        held_out_sizes={name: sum(document.size for document in documents) for name, documents in held_out.items()},
     )
 
 

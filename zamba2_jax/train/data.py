@@ -7,8 +7,10 @@ the next batch, and a host computes its own rows without reading those of the ot
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Protocol
 
 import grain
+import jax
 import numpy as np
 from flax import struct
 
@@ -31,10 +33,36 @@ class Batch:
     Attributes:
         tokens: ids, int32 [b, t].
         segment_ids: 1, 2, ... for the documents of a row, 0 for padding, int32 [b, t]; see `zamba2_jax.ops.segments`.
+        weights: of predicting each token, none negative, float32 [b, t]: the loss is sum(weights * nll) / sum(weights),
+            so that a token of weight 0 is context that is not learnt from. None is 1 everywhere.
     """
 
     tokens: np.ndarray
     segment_ids: np.ndarray
+    weights: np.ndarray | None = None
+
+
+class RowSource(Protocol):
+    """A source that makes its rows itself, without documents."""
+
+    def training_rows(self, length: int, entropy: Sequence[int]) -> grain.MapDataset[Batch]:
+        """Rows of `length` tokens without end, each a function of `entropy` and its index.
+
+        Raises:
+            ValueError: the rows are too short.
+        """
+        ...
+
+    def held_out_rows(self, length: int) -> Sequence[Batch]:
+        """A fixed number of rows to evaluate on, always the same.
+
+        Raises:
+            ValueError: the rows are too short.
+        """
+        ...
+
+
+Source = Documents | RowSource
 
 
 class PackedRows(grain.MapDataset[Batch]):
@@ -50,6 +78,8 @@ class PackedRows(grain.MapDataset[Batch]):
 
     def __init__(self, documents: Documents, length: int, *, seed: int | None):
         """Rows in an order fixed by `seed`, in [0, 2^32); in the documents' own order if it is None.
+
+        Every token has a weight of 1, padding 0.
 
         Raises:
             ValueError: there are no tokens, or `length` is below 2, which leaves nothing to predict.
@@ -68,7 +98,7 @@ class PackedRows(grain.MapDataset[Batch]):
         return self._rows
 
     def __getitem__(self, index):
-        """A row, tokens and segment_ids int32 [t]; or a slice of the rows."""
+        """A row, of which each array is [t]; or a slice of the rows."""
         if isinstance(index, slice):
             return self.slice(index)
         epoch, row = divmod(index, self._rows)
@@ -78,7 +108,7 @@ class PackedRows(grain.MapDataset[Batch]):
             piece = slice(filled, filled + stop - start)
             tokens[piece], segment_ids[piece] = self._documents.read(start, stop), number
             filled = piece.stop
-        return Batch(tokens=tokens, segment_ids=segment_ids)
+        return Batch(tokens=tokens, segment_ids=segment_ids, weights=(segment_ids != 0).astype(np.float32))
 
     def _pieces(self, epoch: int, place: int) -> Iterator[tuple[int, int]]:
         """Where the documents of the row that begins at `place` are to be read, from `start` to `stop` each."""
@@ -130,7 +160,7 @@ class Shares(grain.transforms.DatasetSelectionMap):
 
 
 def batches(
-    sources: Mapping[str, Documents],
+    sources: Mapping[str, Source],
     shares: Mapping[str, float],
     *,
     batch_size: int,
@@ -138,6 +168,7 @@ def batches(
     seed: int | Sequence[int],
     host_index: int = 0,
     host_count: int = 1,
+    vocab_size: int | None = None,
 ) -> grain.IterDataset[Batch]:
     """An endless stream of batches whose rows come from several sources in fixed shares.
 
@@ -149,16 +180,17 @@ def batches(
     gives the same batches, bit for bit, on any number of hosts.
 
     Args:
-        sources: documents by name.
+        sources: documents, or what makes rows itself, by name.
         shares: of the rows, how much each source gives; relative to their sum.
         batch_size: rows of a step on all hosts together.
         length: tokens of a row.
         seed: none negative; fixes the order.
         host_index, host_count: which host this is, of how many.
+        vocab_size: of the model; by default only negative ids are found to be wrong.
 
     Raises:
         ValueError: a share is negative or names no source, all are 0, hosts do not divide the batch, a seed is
-            negative, or as `PackedRows`.
+            negative, or as `PackedRows`. When the row is made: a token, -100 say, is outside the vocabulary.
     """
     missing = sorted(set(shares) - set(sources))
     if missing:
@@ -174,33 +206,72 @@ def batches(
         raise ValueError(f"seed={seed}: expected no negative number")
     taken = {name: share for name, share in shares.items() if share}
     rows = grain.MapDataset.select_from_datasets(
-        [_shuffled_rows(sources[name], length, [*seeds, zlib.crc32(name.encode())]) for name in taken],
+        [_training_rows(name, sources[name], length, seeds, vocab_size) for name in taken],
         Shares(list(taken.values())),
     )
     by_host = rows.batch(batch_size // host_count, drop_remainder=True, batch_fn=_stack)
     return by_host[host_index::host_count].to_iter_dataset(READ)
 
 
-def held_out(documents: Documents, *, batch_size: int, length: int) -> list[Batch]:
-    """All documents once and in order, to evaluate on; the last batch is filled up with empty rows.
+def held_out(
+    source: Source, *, batch_size: int, length: int, name: str = "held-out", vocab_size: int | None = None
+) -> list[Batch]:
+    """All documents once and in order, or the rows that a source holds out, to evaluate on.
+
+    The last batch is filled up with empty rows.
+
+    Args:
+        source: documents, or what makes rows itself.
+        batch_size: rows of a batch.
+        length: tokens of a row.
+        name: of the source, for messages.
+        vocab_size: of the model; by default only negative ids are found to be wrong.
 
     Raises:
-        ValueError: `batch_size` is below 1, or as `PackedRows`.
+        ValueError: `batch_size` is below 1, a token is outside the vocabulary, or as `PackedRows`.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}: expected at least 1")
-    packed = PackedRows(documents, length, seed=None)
-    empty = Batch(tokens=np.full(length, PAD, np.int32), segment_ids=np.zeros(length, np.int32))
-    rows = [packed[row] for row in range(len(packed))] + [empty] * (-len(packed) % batch_size)
+    packed = PackedRows(source, length, seed=None) if isinstance(source, Documents) else source.held_out_rows(length)
+    check = _CheckIds(name, vocab_size)
+    rows = [check.map_with_index(index, packed[index]) for index in range(len(packed))]
+    zeros = np.zeros(length, np.int32)
+    empty = Batch(tokens=np.full(length, PAD, np.int32), segment_ids=zeros, weights=zeros.astype(np.float32))
+    rows += [empty] * (-len(packed) % batch_size)
     return [_stack(rows[first : first + batch_size]) for first in range(0, len(rows), batch_size)]
 
 
-def _shuffled_rows(documents: Documents, length: int, entropy: Sequence[int]) -> grain.MapDataset[Batch]:
-    """Rows of shuffled documents, themselves shuffled, epoch after epoch."""
-    of_documents, of_rows = (int(state) for state in np.random.SeedSequence(entropy).generate_state(2))
-    return PackedRows(documents, length, seed=of_documents).shuffle(of_rows).repeat()
+class _CheckIds(grain.transforms.MapWithIndex):
+    """Finds tokens outside the vocabulary as their rows are made; it costs a look at each row, not at all documents."""
+
+    def __init__(self, name: str, vocab_size: int | None):
+        self._name, self._vocab_size = name, vocab_size
+
+    def map_with_index(self, index: int, row: Batch) -> Batch:
+        """The row."""
+        tokens, limit = row.tokens, np.inf if self._vocab_size is None else self._vocab_size
+        if tokens.min() < 0 or tokens.max() >= limit:
+            position = int(np.argmax((tokens < 0) | (tokens >= limit)))
+            expected = "ids that are not negative" if self._vocab_size is None else f"ids in [0, {self._vocab_size})"
+            raise ValueError(
+                f"source {self._name!r}, row {index}, position {position}: token id {tokens[position]}: "
+                f"expected {expected}; what is not to be learnt from has a weight of 0"
+            )
+        return row
+
+
+def _training_rows(
+    name: str, source: Source, length: int, seeds: Sequence[int], vocab_size: int | None
+) -> grain.MapDataset[Batch]:
+    """Rows of a source without end: of shuffled documents, themselves shuffled, epoch after epoch."""
+    entropy = [*seeds, zlib.crc32(name.encode())]
+    if isinstance(source, Documents):
+        of_documents, of_rows = (int(state) for state in np.random.SeedSequence(entropy).generate_state(2))
+        rows = PackedRows(source, length, seed=of_documents).shuffle(of_rows).repeat()
+    else:
+        rows = source.training_rows(length, entropy)
+    return rows.map_with_index(_CheckIds(name, vocab_size))
 
 
 def _stack(rows: Iterable[Batch]) -> Batch:
-    tokens, segment_ids = zip(*((row.tokens, row.segment_ids) for row in rows), strict=True)
-    return Batch(tokens=np.stack(tokens), segment_ids=np.stack(segment_ids))
+    return jax.tree.map(lambda *arrays: np.stack(arrays), *rows)

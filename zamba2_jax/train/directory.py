@@ -14,6 +14,7 @@ from zamba2_jax.text.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from zamba2_jax.text.vocabulary import copy_tokenizer, save_tokenizer
 from zamba2_jax.train.config import EMBEDDED_TOKENIZER, RunConfig, differences, from_table
 from zamba2_jax.train.corpus import embedded_tokenizer
+from zamba2_jax.train.sources import SourceConfig
 
 CONFIG = "config.json"  # the RunConfig with all its defaults; written last, so that it says that a run is here
 ARCHITECTURE = "architecture.json"  # the Zamba2Config
@@ -104,7 +105,11 @@ def _tokenizer_source(config: RunConfig) -> str | None:
     """The tokenizer that the config names, or that is beside token files, or that of the checkpoint to start from."""
     if config.tokenizer is not None:
         return config.tokenizer
-    beside = (str(source.path) for source in config.sources.values() if source.kind == "tokens")
+    beside = (
+        str(source.path)
+        for source in config.sources.values()
+        if isinstance(source, SourceConfig) and source.kind == "tokens"
+    )
     return next((path for path in beside if has_tokenizer(Path(path))), config.model.hf)
 
 

@@ -14,10 +14,12 @@ class Documents:
         offsets: where each document begins, and last where the last one ends, in tokens, int64 [documents + 1]. It may
             be a map of a file.
         read: the tokens from one place to another, both within one document or at its ends, int32.
+        text_bytes: of the texts that the tokens stand for, in UTF-8; None where that is not known.
     """
 
     offsets: np.ndarray
     read: Callable[[int, int], np.ndarray]
+    text_bytes: int | None = None
 
     @property
     def tokens(self) -> int:
@@ -36,9 +38,9 @@ class Documents:
         return (self[index] for index in range(len(self)))
 
 
-def in_memory(documents: Iterable[np.ndarray]) -> Documents:
-    """Documents from the tokens of each."""
+def in_memory(documents: Iterable[np.ndarray], text_bytes: int | None = None) -> Documents:
+    """Documents from the tokens of each, and the bytes of all their texts."""
     arrays = [np.empty(0, np.int32), *documents]
     tokens = np.concatenate(arrays, dtype=np.int32)
     offsets = np.cumsum([len(array) for array in arrays], dtype=np.int64)
-    return Documents(offsets, lambda start, stop: tokens[start:stop])
+    return Documents(offsets, lambda start, stop: tokens[start:stop], text_bytes)

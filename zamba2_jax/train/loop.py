@@ -12,9 +12,9 @@ import grain
 import jax
 import jax.numpy as jnp
 
-from zamba2_jax.train.data import Batch, batches
-from zamba2_jax.train.documents import Documents
-from zamba2_jax.train.metrics import EvalRecord, Report, TrainRecord
+from zamba2_jax.train.data import Batch, Source, batches
+from zamba2_jax.train.health import health_record
+from zamba2_jax.train.metrics import EvalRecord, HealthRecord, Report, TrainRecord
 from zamba2_jax.train.schedule import Phase, boundaries
 from zamba2_jax.train.step import DEFAULT, StepConfig, StepMetrics, TrainState, TrainStep, evaluate
 
@@ -33,21 +33,31 @@ class Stage(NamedTuple):
 
 def make_stages(
     phases: Sequence[Phase],
-    sources: Mapping[str, Documents],
+    sources: Mapping[str, Source],
     *,
     batch_size: int,
     length: int,
     seed: int,
     share: tuple[int, int] = (0, 1),
+    vocab_size: int | None = None,
 ) -> list[Stage]:
-    """The phases with batches of `batch_size` rows of `length` tokens from the sources' documents.
+    """The phases with batches of `batch_size` rows of `length` tokens from the sources.
 
     Every phase shuffles its sources anew. Of every batch the stages give the part `share`: its index, and of how many.
+    A token outside of a vocabulary of `vocab_size` is an error when its row is made.
 
     Raises:
         ValueError: as `batches`.
     """
-    make = partial(batches, sources, batch_size=batch_size, length=length, host_index=share[0], host_count=share[1])
+    make = partial(
+        batches,
+        sources,
+        batch_size=batch_size,
+        length=length,
+        host_index=share[0],
+        host_count=share[1],
+        vocab_size=vocab_size,
+    )
     return [Stage(phase, make(phase.shares, seed=(seed, number))) for number, phase in enumerate(phases)]
 
 
@@ -91,6 +101,7 @@ def train(
     log_every: int,
     eval_every: int,
     report: Report,
+    health_every: int | None = None,
     start: Position | None = None,
     after_step: AfterStep = lambda state, taken, position: False,
     max_skipped: float = math.inf,
@@ -109,6 +120,8 @@ def train(
         log_every: steps per training record; an evaluation ends a record too.
         eval_every: steps between evaluations, counted within a phase.
         report: is given every record.
+        health_every: steps between measurements of health, counted from the start of the run, as `step` was made for;
+            each ends a training record too. None where it measures none.
         start: where `state` stands; before the first step by default.
         after_step: is called after every step and its records.
         max_skipped: steps skipped in a row, seen when a record is made, that end the run.
@@ -118,11 +131,12 @@ def train(
         The state after the last step, or after that at which `after_step` stopped the run.
 
     Raises:
-        ValueError: an interval is below 1.
+        ValueError: an interval is below 1, or `step` does not measure health.
         DivergedError: `max_skipped` steps in a row were skipped.
     """
-    for name, value in (("log_every", log_every), ("eval_every", eval_every)):
-        if value < 1:
+    intervals = {"log_every": log_every, "eval_every": eval_every, "health_every": health_every}
+    for name, value in intervals.items():
+        if value is not None and value < 1:
             raise ValueError(f"{name}={value}: expected an integer >= 1")
     if start is None:
         _evaluate(state, stages[0].phase, 0, held_out, report, step_config)
@@ -134,11 +148,15 @@ def train(
                 data.set_state(start.data)
             while done < phase.steps:
                 state, metrics = step(state, log.next_batch(data))
-                log.metrics.append(metrics)
+                log.metrics.append(dataclasses.replace(metrics, health=None))
                 done += 1
                 due = done % eval_every == 0 or done == phase.steps
-                if due or done % log_every == 0:
-                    report(log.make_record(phase, first + done, max_skipped))
+                measured = health_every is not None and (first + done) % health_every == 0
+                if due or measured or done % log_every == 0:
+                    record = log.make_record(phase, first + done, max_skipped)
+                    if measured:
+                        report(_health_record(state, metrics, phase, first + done))
+                    report(record)
                     if due:
                         _evaluate(state, phase, first + done, held_out, report, step_config)
                     log.start_clock()
@@ -151,13 +169,13 @@ class _Log:
     """The steps since the last record.
 
     Attributes:
-        metrics: of each step.
+        metrics: of each step, without its health.
         waited: seconds that they waited for their batches.
         bad: as in `Position`.
     """
 
     def __init__(self, start: Position | None):
-        self.metrics = [] if start is None else [StepMetrics(*map(jnp.asarray, row)) for row in start.unreported]
+        self.metrics = [] if start is None else [_metrics(row) for row in start.unreported]
         self.waited, self.bad = (0.0, 0) if start is None else (start.waited, start.bad)
         self._begin = time.perf_counter() - (0 if start is None else start.seconds)
 
@@ -215,7 +233,7 @@ def _done_in(start: Position | None, stage: int, phase: Phase) -> int:
 
 
 def _position(stage: int, done: int, data: grain.DatasetIterator[Batch], log: _Log) -> Position:
-    rows = [[value.item() for value in dataclasses.astuple(metrics)] for metrics in jax.device_get(log.metrics)]
+    rows = [_numbers(metrics) for metrics in jax.device_get(log.metrics)]
     return Position(
         stage=stage,
         done=done,
@@ -227,6 +245,24 @@ def _position(stage: int, done: int, data: grain.DatasetIterator[Batch], log: _L
     )
 
 
+def _numbers(metrics: StepMetrics) -> list[float]:
+    """What a step saw, without its health, for JSON."""
+    return [value.item() for value in jax.tree.leaves(dataclasses.replace(metrics, health=None))]
+
+
+def _metrics(numbers: Sequence[float]) -> StepMetrics:
+    """What had these numbers."""
+    loss, grad_norm, learning_rate, tokens, skipped = map(jnp.asarray, numbers)
+    return StepMetrics(loss=loss, grad_norm=grad_norm, learning_rate=learning_rate, tokens=tokens, skipped=skipped)
+
+
+def _health_record(state: TrainState, metrics: StepMetrics, phase: Phase, step: int) -> HealthRecord:
+    if metrics.health is None:
+        raise ValueError("the step measures no health: expected one that is compiled with the same health_every")
+    layers, rate = state.model.config.hybrid_layer_ids, float(metrics.learning_rate)
+    return health_record(metrics.health, layers, phase=phase.name, step=step, rate=rate)
+
+
 def _evaluate(
     state: TrainState,
     phase: Phase,
@@ -236,4 +272,4 @@ def _evaluate(
     config: StepConfig,
 ) -> None:
     for name, rows in held_out.items():
-        report(EvalRecord(phase=phase.name, step=step, held_out=name, loss=evaluate(state.model, rows, config)))
+        report(EvalRecord(phase=phase.name, step=step, held_out=name, **evaluate(state.model, rows, config)._asdict()))

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -58,13 +58,17 @@ class EvalRecord:
         phase: name of the phase.
         step: steps taken since the start of the run.
         held_out: which held-out set.
-        loss: mean over it, in nats per token.
+        loss: mean over it by the weights of its tokens, in nats per token.
+        accuracy: of its tokens with a weight above 0, the share that the model finds likeliest.
+        bits_per_byte: the loss per byte of its text; None where that is not known, as of synthetic tasks.
     """
 
     phase: str
     step: int
     held_out: str
     loss: float
+    accuracy: float
+    bits_per_byte: float | None = None
 
     @property
     def perplexity(self) -> float:
@@ -72,7 +76,55 @@ class EvalRecord:
         return perplexity(self.loss)
 
 
-Record = TrainRecord | EvalRecord
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CallHealth:
+    """A call of a shared block in one step; numbers of a batch without tokens are NaN.
+
+    Attributes:
+        ratio: rms of the call's output over that of the residual stream that it reads.
+        share: of the mixer's input, before its norm, that comes from the call, mean over tokens; the residual's is
+            the rest. Below 0 where the two point apart.
+        entropy: of each attention head over that of uniform attention; see `ops.attention_entropy`.
+    """
+
+    ratio: float
+    share: float
+    entropy: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GroupHealth:
+    """A group of parameters in one step.
+
+    Attributes:
+        grad_norm: of its gradient, before clipping.
+        update: norm of what the step adds to its parameters, over theirs.
+        step: rms of what the step adds, over the learning rate; NaN where that is 0.
+    """
+
+    grad_norm: float
+    update: float
+    step: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HealthRecord:
+    """Whether a step used all parts of the model; see docs/health.md.
+
+    Attributes:
+        phase: name of the phase.
+        step: steps taken since the start of the run, this one included.
+        calls: of the shared blocks, by the layer, as "layers.3".
+        groups: of parameters, by the names in `train.health.GROUPS`.
+    """
+
+    phase: str
+    step: int
+    calls: Mapping[str, CallHealth]
+    groups: Mapping[str, GroupHealth]
+
+
+Record = TrainRecord | EvalRecord | HealthRecord
 Report = Callable[[Record], None]
 
 
@@ -95,12 +147,8 @@ class JsonLines:
 
     def __call__(self, record: Record) -> None:
         """Writes one record."""
-        values = {"kind": _kind(record), **dataclasses.asdict(record), "perplexity": record.perplexity}
-        finite = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in values.items()
-        }
-        self._file.write(json.dumps(finite) + "\n")
+        values = {"kind": KINDS[type(record)], **_values(record)}
+        self._file.write(json.dumps(_finite(values)) + "\n")
         self._file.flush()
 
 
@@ -124,11 +172,11 @@ class TensorBoard:
 
     def __call__(self, record: Record) -> None:
         """Writes one record."""
-        group = f"eval/{record.held_out}" if isinstance(record, EvalRecord) else "train"
-        values = {**dataclasses.asdict(record), "perplexity": record.perplexity}
+        group = f"eval/{record.held_out}" if isinstance(record, EvalRecord) else KINDS[type(record)]
+        values = _values(record)
         if isinstance(record, TrainRecord):
             values["tokens_per_second"] = record.tokens_per_second
-        for name, value in values.items():
+        for name, value in _flat(values):
             if isinstance(value, int | float) and name != "step":
                 self._writer.add_scalar(f"{group}/{name}", value, record.step)
 
@@ -143,7 +191,8 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         OSError: there is no such file.
     """
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    last = {(line["step"], line["kind"] == "eval", line.get("held_out", "")): line for line in lines}
+    order = list(KINDS.values())
+    last = {(line["step"], order.index(line["kind"]), line.get("held_out", "")): line for line in lines}
     return [last[key] for key in sorted(last)]
 
 
@@ -167,8 +216,32 @@ def bits_per_byte(nats_per_token: float, tokens: int, size: int) -> float:
     return nats_per_token / math.log(2) * tokens / size
 
 
-def _kind(record: Record) -> str:
-    return "train" if isinstance(record, TrainRecord) else "eval"
+KINDS = {HealthRecord: "health", TrainRecord: "train", EvalRecord: "eval"}
+"""What each kind of record is called, in the order in which those of a step come."""
+
+
+def _values(record: Record) -> dict[str, Any]:
+    values = dataclasses.asdict(record)
+    return values if isinstance(record, HealthRecord) else values | {"perplexity": record.perplexity}
+
+
+def _finite(value: Any) -> Any:
+    """The value for JSON."""
+    if isinstance(value, Mapping):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """What is in nested tables, and in lists by its number, by names like paths."""
+    if isinstance(value, Mapping | tuple):
+        inner = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for key, each in inner:
+            yield from _flat(each, f"{name}/{key}" if name else str(key))
+    else:
+        yield name, value
 
 
 def _cut_partial_line(path: Path) -> None:

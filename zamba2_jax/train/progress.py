@@ -6,7 +6,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from zamba2_jax.train.metrics import EvalRecord, Record, TrainRecord
+from zamba2_jax.train.health import HealthWatch, worst
+from zamba2_jax.train.metrics import EvalRecord, HealthRecord, Record, TrainRecord
 from zamba2_jax.train.schedule import Phase, boundaries
 
 _LINES_PER_PHASE = 8
@@ -34,7 +35,8 @@ class ProgressView:
             for name, steps in self._steps.items()
         }
         self._lines: dict[str, int] = {}
-        self._trained = self._held_out = ""
+        self._trained = self._held_out = self._health = ""
+        self._watch = HealthWatch(boundaries(phases)[-1])
 
     def __enter__(self) -> "ProgressView":
         self._bars.start()
@@ -50,16 +52,25 @@ class ProgressView:
         steps = self._steps[record.phase]
         done = record.step - self._ends[record.phase] + steps
         if isinstance(record, EvalRecord):
-            self._held_out = text = f"held-out {record.held_out} {record.loss:.3f}"
+            self._held_out = text = f"held-out {record.held_out} {record.loss:.3f}, accuracy {record.accuracy:.1%}"
             due = True
+        elif isinstance(record, HealthRecord):
+            self._health, text, due = worst(record), "", False
+            for warning in self._watch(record):
+                self._console.print(
+                    f"Warning: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True
+                )
         else:
-            self._trained = text = _describe(record)
-            due = self._line_is_due(record.phase, done)
+            self._trained, due = _describe(record), self._line_is_due(record.phase, done)
+            text = "  ".join(filter(None, (self._trained, self._health)))
         if not self._console.is_terminal and due:
             self._console.print(f"{record.phase} {done}/{steps}  {text}", markup=False, highlight=False, soft_wrap=True)
         task = self._tasks[record.phase]
         self._bars.start_task(task)
-        self._bars.update(task, completed=done, numbers=f"{self._trained}  {self._held_out}")
+        self._bars.update(task, completed=done, numbers=self._numbers())
+
+    def _numbers(self) -> str:
+        return "  ".join(filter(None, (self._trained, self._held_out, self._health)))
 
     def _line_is_due(self, phase: str, done: int) -> bool:
         """Whether the phase has passed another of the places that get a line."""

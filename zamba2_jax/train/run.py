@@ -22,16 +22,27 @@ from zamba2_jax.model import Zamba2
 from zamba2_jax.sharding import check_mesh
 from zamba2_jax.train import directory as layout
 from zamba2_jax.train.config import LoggingConfig, RunConfig
-from zamba2_jax.train.data import Batch, held_out
+from zamba2_jax.train.data import Batch, Source, held_out
 from zamba2_jax.train.documents import Documents
 from zamba2_jax.train.flops import peak_flops, train_flops
 from zamba2_jax.train.hosts import host_share, place, preemption, run_mesh
 from zamba2_jax.train.loop import AfterStep, DivergedError, Position, Stage, make_stages, train
-from zamba2_jax.train.metrics import JsonLines, Record, Report, TensorBoard, TrainRecord, tee
+from zamba2_jax.train.metrics import (
+    EvalRecord,
+    JsonLines,
+    Record,
+    Report,
+    TensorBoard,
+    TrainRecord,
+    bits_per_byte,
+    tee,
+)
+from zamba2_jax.train.patterns import check_patterns, scale_matrices
 from zamba2_jax.train.progress import ProgressView
 from zamba2_jax.train.schedule import boundaries, learning_rate
-from zamba2_jax.train.sources import SourceConfig, open_documents
+from zamba2_jax.train.stacks import parameter_names
 from zamba2_jax.train.step import TrainState, abstract_batch, abstract_state, compile_train_step, init_state
+from zamba2_jax.train.synthetic import AnySource, open_source
 
 
 def run(config: RunConfig, console: Console) -> bool:
@@ -90,6 +101,7 @@ class _Plan(NamedTuple):
         mesh: over which it runs.
         stages: the phases, with this process's part of their batches.
         held_out: batches to evaluate on by name, on the mesh.
+        texts: their tokens and the bytes of text these stand for, where that is known.
     """
 
     config: RunConfig
@@ -98,6 +110,7 @@ class _Plan(NamedTuple):
     mesh: Mesh
     stages: list[Stage]
     held_out: dict[str, list[Batch]]
+    texts: dict[str, tuple[int, int]]
 
 
 def _prepare(config: RunConfig, directory: Path, console: Console) -> _Plan:
@@ -107,22 +120,39 @@ def _prepare(config: RunConfig, directory: Path, console: Console) -> _Plan:
     check_mesh(architecture, mesh, batch=config.batch_size, length=config.length)
     console.print("Opening the data")
     tokenizer = layout.open_tokenizer(config, directory, architecture.vocab_size)
+    names = parameter_names(jax.eval_shape(lambda: Zamba2(architecture, rngs=nnx.Rngs(0))))
+    config.optimizer.check(names)
+    check_patterns(((f"init_scale.{pattern}", pattern) for pattern in config.init_scale), names)
 
-    def open_all(sources: Mapping[str, SourceConfig]) -> dict[str, Documents]:
+    def open_all(sources: Mapping[str, AnySource]) -> dict[str, Source]:
         vocab_size = architecture.vocab_size
-        return {name: open_documents(source, tokenizer, vocab_size=vocab_size) for name, source in sources.items()}
+        return {name: open_source(source, tokenizer, vocab_size=vocab_size) for name, source in sources.items()}
 
     sizes = {"batch_size": config.batch_size, "length": config.length}
     stages = make_stages(
-        config.phases, open_all(config.sources), **sizes, seed=config.seed, share=host_share(mesh, **sizes)
+        config.phases,
+        open_all(config.sources),
+        **sizes,
+        seed=config.seed if config.data_seed is None else config.data_seed,
+        share=host_share(mesh, **sizes),
+        vocab_size=architecture.vocab_size,
     )
+    unseen_sources = open_all(config.evaluation.sources)
     unseen = {
-        name: [place(batch, mesh, config.batch_size) for batch in held_out(documents, **sizes)]
-        for name, documents in open_all(config.evaluation.sources).items()
+        name: [
+            place(batch, mesh, config.batch_size)
+            for batch in held_out(source, **sizes, name=name, vocab_size=architecture.vocab_size)
+        ]
+        for name, source in unseen_sources.items()
+    }
+    texts = {
+        name: (source.tokens, source.text_bytes)
+        for name, source in unseen_sources.items()
+        if isinstance(source, Documents) and source.text_bytes
     }
     if jax.process_index() == 0:
         layout.write_run(config, architecture, tokenizer, directory)
-    return _Plan(config, architecture, directory, mesh, stages, unseen)
+    return _Plan(config, architecture, directory, mesh, stages, unseen, texts)
 
 
 def _go_on(
@@ -144,6 +174,7 @@ def _go_on(
         optimizer=optimizer,
         schedule=schedule,
         config=config.step,
+        health_every=config.logging.health_every or None,
     )
     report = _open_reports(plan, taken, console, stack) if jax.process_index() == 0 else _ignore
     profiler = stack.enter_context(_Profiler(config.logging, plan.directory / layout.PROFILE))
@@ -156,6 +187,7 @@ def _go_on(
             log_every=config.logging.every,
             eval_every=config.evaluation.every,
             report=report,
+            health_every=config.logging.health_every or None,
             start=start,
             after_step=_after_step(config, checkpoints, preempted, profiler),
             max_skipped=config.max_skipped,
@@ -181,7 +213,8 @@ def _start(
     if config.model.hf is not None:
         model = load_hf(config.model.hf, dtype=config.dtype, mesh=plan.mesh)
     else:
-        model = Zamba2(plan.architecture, rngs=nnx.Rngs(config.seed), dtype=config.dtype)
+        fresh = Zamba2(plan.architecture, rngs=nnx.Rngs(config.seed), dtype=config.dtype)
+        model = scale_matrices(fresh, config.init_scale)
     begin = jax.jit(lambda model: init_state(model, optimizer), out_shardings=places, donate_argnums=0)
     return begin(model), None
 
@@ -219,6 +252,9 @@ def _open_reports(plan: _Plan, taken: int, console: Console, stack: contextlib.E
         if isinstance(record, TrainRecord):
             used = record.tokens_per_second * flops / sum(filter(None, peaks)) if all(peaks) else None
             record = dataclasses.replace(record, memory=_memory(), utilisation=used)
+        elif isinstance(record, EvalRecord) and record.held_out in plan.texts:
+            bits = bits_per_byte(record.loss, *plan.texts[record.held_out])
+            record = dataclasses.replace(record, bits_per_byte=bits)
         write(record)
 
     return report

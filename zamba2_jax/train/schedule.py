@@ -3,11 +3,11 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
+from typing import get_args
 
 import optax
 
-Decay = Literal["constant", "linear", "cosine", "exponential"]
+from zamba2_jax.choices import Decay
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,11 +17,11 @@ import numpy as np
 from zamba2_jax.text.frame import encode_documents, frame_of
 from zamba2_jax.text.stream import has_lone_surrogate
 from zamba2_jax.text.tokenizer import Tokenizer
-from zamba2_jax.train.corpus import code, held_out_prose, training_prose
+from zamba2_jax.train.corpus import code, held_out_code, held_out_prose, training_prose
 from zamba2_jax.train.documents import Documents, in_memory
 from zamba2_jax.train.token_files import open_token_files
 
-Kind = Literal["text", "jsonl", "parquet", "tokens", "prose", "held_out_prose", "code"]
+Kind = Literal["text", "jsonl", "parquet", "tokens", "prose", "held_out_prose", "code", "held_out_code"]
 
 SUFFIXES = {
     ".txt": "text",
@@ -36,7 +36,12 @@ SUFFIXES = {
 COMPRESSED = (".gz", ".zst")
 """What may follow a suffix of text or JSON lines."""
 
-EMBEDDED = {"prose": training_prose, "held_out_prose": held_out_prose, "code": code}
+EMBEDDED = {
+    "prose": training_prose,
+    "held_out_prose": held_out_prose,
+    "code": code,
+    "held_out_code": held_out_code,
+}
 
 MAX_IN_MEMORY = 256 * 2**20
 """Bytes of files that are tokenised when they are opened; more take `zamba2 tokenize`."""
@@ -55,7 +60,7 @@ class SourceConfig:
     Attributes:
         kind: "text": each file, in UTF-8, is a document. "jsonl": each line is an object with a text, or in a .json
             file each entry of a list. "parquet": each row has a text. "tokens": what `zamba2 tokenize` wrote. "prose",
-            "code": the embedded corpus, of the prose what is not in "held_out_prose", a tenth of it.
+            "code": the embedded corpus, without what is in "held_out_prose" and "held_out_code".
         path: a file, or a directory of which all files of the kind are read, by their `SUFFIXES`, sorted by name; for
             "tokens" the directory; None for the embedded corpus.
         field: that holds the text, in "jsonl" and "parquet".
@@ -140,6 +145,7 @@ def open_documents(
         _name_skipped(Path(config.path), [config.kind], config.field)
     documents: list[np.ndarray] = []
     frame = frame_of(tokenizer, config.bos, config.eos)
+    text_bytes = 0
     for texts in chunks(read_texts(config)):
         tokens = encode_documents(tokenizer, [text.text for text in texts], frame, special_tokens=config.special_tokens)
         for text, document in zip(texts, tokens, strict=True):
@@ -148,9 +154,10 @@ def open_documents(
                     f"{text.place}: token id {document.max()} is outside the vocabulary of {vocab_size} tokens"
                 )
         documents += tokens
+        text_bytes += sum(len(text.text.encode()) for text in texts)
         if progress is not None:
             progress(sum(text.size for text in texts))
-    return in_memory(documents)
+    return in_memory(documents, text_bytes)
 
 
 def sources_at(

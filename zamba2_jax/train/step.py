@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +17,8 @@ from jax.sharding import Mesh
 
 from zamba2_jax.config import Zamba2Config
 from zamba2_jax.model import Zamba2
-from zamba2_jax.model.loss import loss_share, predicted
-from zamba2_jax.model.stack import Remat, hidden_states
+from zamba2_jax.model.loss import loss_share, prediction_share, target_weights
+from zamba2_jax.model.stack import Remat, hidden_states, when
 from zamba2_jax.ops.placement import compiled_apart, platform
 from zamba2_jax.ops.ssd import Implementation
 from zamba2_jax.sharding import (
@@ -30,8 +30,10 @@ from zamba2_jax.sharding import (
     summed_over_rows,
 )
 from zamba2_jax.train.data import Batch
-from zamba2_jax.train.stacks import Stacking
-from zamba2_jax.typing import Array, Float, Int
+from zamba2_jax.train.health import CallSums, Health, call_sums, group_sizes
+from zamba2_jax.train.rounding import stored
+from zamba2_jax.train.stacks import Stacking, leaves_of
+from zamba2_jax.typing import Array, Bool, Float, Int, at_least_fp32
 
 SCANNED_FROM = 12
 """Layers from which on they run by a scan unless told: below, unrolled layers compile in seconds and run faster.
@@ -112,11 +114,12 @@ class StepMetrics:
     """What one step saw.
 
     Attributes:
-        loss: mean over the predicted tokens, in nats per token, before the update.
+        loss: mean over the predicted tokens by their weights, in nats per token, before the update.
         grad_norm: global norm of the gradient, before clipping.
         learning_rate: of this step.
         tokens: tokens in the batch, without padding.
         skipped: as in `TrainState`, after the step.
+        health: zeros in steps that do not measure it; None where no step does.
     """
 
     loss: Float[Array, ""]
@@ -124,6 +127,7 @@ class StepMetrics:
     learning_rate: Float[Array, ""]
     tokens: Int[Array, ""]
     skipped: Int[Array, ""]
+    health: Health | None = None
 
 
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
@@ -148,7 +152,8 @@ def abstract_state(config: Zamba2Config, optimizer: optax.GradientTransformation
 def abstract_batch(batch_size: int, length: int, mesh: Mesh) -> Batch:
     """The same of a batch of `batch_size` rows of `length` tokens."""
     ids = jax.ShapeDtypeStruct((batch_size, length), jnp.int32, sharding=batch_sharding(mesh))
-    return Batch(tokens=cast(np.ndarray, ids), segment_ids=cast(np.ndarray, ids))
+    weights = jax.ShapeDtypeStruct(ids.shape, jnp.float32, sharding=ids.sharding)
+    return Batch(tokens=cast(np.ndarray, ids), segment_ids=cast(np.ndarray, ids), weights=cast(np.ndarray, weights))
 
 
 def train_step(
@@ -158,34 +163,51 @@ def train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     config: StepConfig = DEFAULT,
+    health_every: int | None = None,
 ) -> tuple[TrainState, StepMetrics]:
     """One step of gradient descent.
 
     If the loss or the gradient is not finite, model and optimizer stay as they are and the step is counted as skipped.
+    New values of parameters held in bfloat16 are rounded stochastically, see `train.rounding`.
 
     Args:
         state: where the run stands.
         batch: rows of packed documents.
-        optimizer: for a learning rate of 1; see `AdamW.transformation`. What it does is elementwise but for sums over
-            all parameters: on a TPU it is given `Stacks`.
+        optimizer: for a learning rate of 1; see `Optimizer.transformation`. It is told the step, as the argument `step`
+            of its update, and on a TPU given `Stacks`: what is not elementwise has to heed their first axes.
         schedule: the learning rate of a step, counted from 0.
         config: how it is computed.
+        health_every: steps whose number, counted from 1, is a multiple of it measure `Health`; none by default.
 
     Raises:
         ValueError: `config.microbatches` does not divide the rows of the batch, or the mesh does not divide a part.
     """
-    loss, gradient = loss_and_gradient(state.model, batch, config)
-    grad_norm, rate = optax.tree.norm(gradient), jnp.asarray(schedule(state.step))
+    taken = state.step
+    measured = None if health_every is None else (taken + 1) % health_every == 0
+    loss, gradient, calls = _observed_loss_and_gradient(state.model, batch, config, measured)
+    grad_norm, rate = optax.tree.norm(gradient), jnp.asarray(schedule(taken))
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
     def advance(gradient: Any, before: tuple[Any, optax.OptState]) -> tuple[Any, optax.OptState]:
-        update, opt_state = optimizer.update(gradient, before[1], before[0])
-        model = jax.tree.map(lambda p, u: (p - rate * u).astype(p.dtype), before[0], update)
+        told = optax.with_extra_args_support(optimizer)
+        update, opt_state = told.update(gradient, before[1], before[0], step=taken)
+        model = jax.tree.map(
+            lambda p, u, leaf: stored(p - rate * u, p, leaf, taken), before[0], update, leaves_of(before[0])
+        )
         return jax.tree.map(lambda new, old: jnp.where(finite, new, old), (model, opt_state), before)
 
-    before = state.model, state.opt_state
+    before, stacking, health = (state.model, state.opt_state), Stacking(state.model), None
+    if measured is not None:
+
+        def of_groups(gradient: Zamba2) -> tuple[dict[str, Array], ...]:
+            # The update once more, so as not to hold it; in stacks, which compile faster.
+            stacks, old = stacking.stack((gradient, before))
+            return group_sizes(stacks, old[0], advance(stacks, old)[0])
+
+        # Before the update that takes over the memory of the old state.
+        gradient, sizes = jax.lax.optimization_barrier((gradient, when(measured, of_groups, gradient)))
+        health = jax.tree.map(lambda array: constrain(array, *[None] * array.ndim), Health(calls, *sizes))
     if platform() == "tpu":
-        stacking = Stacking(state.model)
         model, opt_state = stacking.split(advance(*stacking.stack((gradient, before))))
     else:
         model, opt_state = advance(gradient, before)
@@ -196,7 +218,10 @@ def train_step(
         opt_state=constrain_parameters(opt_state),
     )
     tokens = (batch.segment_ids != 0).sum(dtype=jnp.int32)
-    return state, StepMetrics(loss=loss, grad_norm=grad_norm, learning_rate=rate, tokens=tokens, skipped=state.skipped)
+    metrics = StepMetrics(
+        loss=loss, grad_norm=grad_norm, learning_rate=rate, tokens=tokens, skipped=state.skipped, health=health
+    )
+    return state, metrics
 
 
 def compile_train_step(
@@ -206,13 +231,16 @@ def compile_train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     config: StepConfig = DEFAULT,
+    health_every: int | None = None,
 ) -> TrainStep:
     """`train_step` compiled for these shapes; it takes over the buffers of the states it is given.
 
     Raises:
         ValueError: as `train_step`.
     """
-    compiled = lower_train_step(state, batch, optimizer=optimizer, schedule=schedule, config=config).compile()
+    compiled = lower_train_step(
+        state, batch, optimizer=optimizer, schedule=schedule, config=config, health_every=health_every
+    ).compile()
     _return_freed_memory()
     return compiled
 
@@ -224,58 +252,101 @@ def lower_train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     config: StepConfig = DEFAULT,
+    health_every: int | None = None,
 ) -> jax.stages.Lowered:
     """`compile_train_step` before the compiler: for arrays, or their shapes and shardings."""
-    step = partial(train_step, optimizer=optimizer, schedule=schedule, config=config)
+    step = partial(train_step, optimizer=optimizer, schedule=schedule, config=config, health_every=health_every)
     return jax.jit(step, donate_argnums=0).lower(state, batch)
 
 
 def loss_and_gradient(model: Zamba2, batch: Batch, config: StepConfig = DEFAULT) -> tuple[Float[Array, ""], Zamba2]:
-    """The mean loss over the predicted tokens, without the z-loss, and the gradient with it.
+    """The mean loss over the predicted tokens by their weights, without the z-loss, and the gradient with it.
 
     Raises:
         ValueError: as `train_step`.
     """
+    return _observed_loss_and_gradient(model, batch, config, None)[:2]
+
+
+def _observed_loss_and_gradient(
+    model: Zamba2, batch: Batch, config: StepConfig, measured: Bool[Array, ""] | None
+) -> tuple[Array, Zamba2, CallSums | None]:
+    """Also what is measured of the calls of the shared blocks, if `measured` comes true; None if it is None."""
     rows, shares = len(batch.tokens), row_shares()
     if rows % (shares * config.microbatches):
         each = f" on each of {shares} devices" if shares > 1 else ""
         raise ValueError(f"microbatches={config.microbatches}{each} does not divide the batch of {rows} rows")
 
-    def share(model: Zamba2, batch: Batch, count: Array) -> tuple[Array, Zamba2]:
-        return _loss_and_gradient(model, batch, count, config)
+    def share(model: Zamba2, batch: Batch, given: tuple[Array, Array | None]) -> tuple[Array, Zamba2, CallSums | None]:
+        return _loss_and_gradient(model, batch, *given, config)
 
-    return summed_over_rows(share)(model, batch, _predicted(batch))
+    return summed_over_rows(share)(model, batch, (_total_weight(model, batch), measured))
 
 
-def _loss_and_gradient(model: Zamba2, batch: Batch, count: Array, config: StepConfig) -> tuple[Array, Zamba2]:
-    """What a batch adds to the mean over `count` tokens, and the gradient of that with the z-loss."""
+def _loss_and_gradient(
+    model: Zamba2, batch: Batch, count: Array, measured: Array | None, config: StepConfig
+) -> tuple[Array, Zamba2, CallSums | None]:
+    """What a batch adds to the mean over weights of `count`, the gradient of that with the z-loss, and the calls'."""
 
-    def of_part(part: Batch) -> tuple[Array, Zamba2]:
-        (_, loss), gradient = jax.value_and_grad(_loss_share, has_aux=True)(model, part, count, config)
-        return loss, constrain_parameters(gradient)
+    def of_part(part: Batch) -> tuple[Array, Zamba2, CallSums | None]:
+        (_, (loss, calls)), gradient = jax.value_and_grad(_loss_share, has_aux=True)(
+            model, part, count, config, measured
+        )
+        return loss, constrain_parameters(gradient), calls
 
     if config.microbatches == 1:
         return of_part(batch)
 
     parts = _split(batch, config.microbatches)
 
-    def add(total: tuple[Array, Zamba2], i: Array) -> tuple[tuple[Array, Zamba2], None]:
+    def add(total: Any, i: Array) -> tuple[Any, None]:
         part = compiled_apart(lambda i: jax.tree.map(lambda array: array[i], parts), i)
         return jax.tree.map(jnp.add, total, of_part(part)), None
 
     zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), jax.eval_shape(of_part, batch))
-    return jax.lax.scan(add, (zeros[0], constrain_parameters(zeros[1])), jnp.arange(config.microbatches))[0]
+    return jax.lax.scan(add, constrain_parameters(zeros), jnp.arange(config.microbatches))[0]
+
+
+class Evaluation(NamedTuple):
+    """What a model makes of held-out batches.
+
+    Attributes:
+        loss: mean over the predicted tokens by their weights, in nats per token.
+        accuracy: of the predicted tokens with a weight above 0, the share that the model finds likeliest.
+    """
+
+    loss: float
+    accuracy: float
+
+
+@struct.dataclass
+class BatchEvaluation:
+    """What a model makes of one batch.
+
+    Attributes:
+        loss: mean over the predicted tokens by their weights, in nats per token.
+        weight: the sum of the weights.
+        hits: predicted tokens of a weight above 0 that the model finds likeliest.
+        targets: predicted tokens of a weight above 0.
+    """
+
+    loss: Float[Array, ""]
+    weight: Float[Array, ""]
+    hits: Int[Array, ""]
+    targets: Int[Array, ""]
 
 
 @partial(jax.jit, static_argnames="config")
-def eval_step(model: Zamba2, batch: Batch, config: StepConfig = DEFAULT) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """The mean loss of a batch in nats per token, and the number of tokens predicted."""
-    count = _predicted(batch)
-    return _loss_share(model, batch, count, config)[1], count
+def eval_step(model: Zamba2, batch: Batch, config: StepConfig = DEFAULT) -> BatchEvaluation:
+    """The loss of a batch, and what of it the model predicts."""
+    h, weight = _hidden_states(model, batch, config)[0], _total_weight(model, batch)
+    loss, hits = prediction_share(h, model.output_matrix, *_arrays(batch), count=weight, chunk_size=config.loss_chunk)
+    targets = target_weights(*_arrays(batch)) > 0
+    return BatchEvaluation(loss=loss, weight=weight, hits=hits, targets=targets.sum())
 
 
-def evaluate(model: Zamba2, batches: Iterable[Batch], config: StepConfig = DEFAULT) -> float:
-    """The mean loss over all tokens predicted in the batches, in nats per token.
+def evaluate(model: Zamba2, batches: Iterable[Batch], config: StepConfig = DEFAULT) -> Evaluation:
+    """The mean loss over all tokens predicted in the batches, and how many of them the model finds likeliest.
 
     Args:
         model: the model.
@@ -286,19 +357,30 @@ def evaluate(model: Zamba2, batches: Iterable[Batch], config: StepConfig = DEFAU
         ValueError: the batches hold nothing to predict.
     """
     results = jax.device_get([eval_step(model, batch, config) for batch in batches])
-    count = sum(int(tokens) for _, tokens in results)
-    if not count:
+    weight, hits, targets = (sum(getattr(of, name).item() for of in results) for name in ("weight", "hits", "targets"))
+    if not weight:
         raise ValueError("the held-out batches hold no token to predict")
-    return sum(float(loss) * int(tokens) for loss, tokens in results) / count
+    return Evaluation(sum(of.loss.item() * of.weight.item() for of in results) / weight, hits / targets)
 
 
-def _loss_share(model: Zamba2, batch: Batch, count: Array, config: StepConfig) -> tuple[Array, Array]:
-    """What a batch adds to the mean over `count` tokens, with and without the z-loss."""
+def _loss_share(
+    model: Zamba2, batch: Batch, count: Array, config: StepConfig, measured: Array | None
+) -> tuple[Array, tuple[Array, CallSums | None]]:
+    """What a batch adds to the mean over weights of `count`: with the z-loss; without it, and what the calls say."""
+    h, calls = _hidden_states(model, batch, config, measured)
+    w, size = model.output_matrix, config.loss_chunk
+    objective, loss = loss_share(h, w, *_arrays(batch), count=count, z_loss=config.z_loss, chunk_size=size)
+    return objective, (loss, calls)
+
+
+def _hidden_states(
+    model: Zamba2, batch: Batch, config: StepConfig, measured: Array | None = None
+) -> tuple[Array, CallSums | None]:
     scan = config.scan_layers
     if scan is None:
         scan = model.config.num_layers >= SCANNED_FROM and platform() != "gpu"
-    tokens, segment_ids = map(jnp.asarray, (batch.tokens, batch.segment_ids))
-    h = hidden_states(
+    tokens, segment_ids, _ = _arrays(batch)
+    return hidden_states(
         model,
         tokens,
         segment_ids,
@@ -306,9 +388,9 @@ def _loss_share(model: Zamba2, batch: Batch, count: Array, config: StepConfig) -
         scan=scan,
         dtype=config.compute_dtype,
         implementation=config.implementation,
+        observe=None if measured is None else partial(call_sums, scale=model.config.attention_scale),
+        observed=False if measured is None else measured,
     )
-    w, size = model.output_matrix, config.loss_chunk
-    return loss_share(h, w, tokens, segment_ids, count=count, z_loss=config.z_loss, chunk_size=size)
 
 
 def _return_freed_memory() -> None:
@@ -317,8 +399,15 @@ def _return_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _predicted(batch: Batch) -> Int[Array, ""]:
-    return predicted(jnp.asarray(batch.tokens), jnp.asarray(batch.segment_ids)).sum()
+def _total_weight(model: Zamba2, batch: Batch) -> Array:
+    """Of the tokens predicted; their number where the batch has no weights."""
+    return target_weights(*_arrays(batch), at_least_fp32(model.dtype)).sum()
+
+
+def _arrays(batch: Batch) -> tuple[Array, Array, Array | None]:
+    """Tokens, segment ids and weights for JAX."""
+    weights = None if batch.weights is None else jnp.asarray(batch.weights)
+    return jnp.asarray(batch.tokens), jnp.asarray(batch.segment_ids), weights
 
 
 def _split(batch: Batch, parts: int) -> Batch:

@@ -11,7 +11,7 @@ A directory holds
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,7 @@ class Manifest:
         dtype: of the tokens, "<u2" or "<u4".
         documents, tokens: in all shards.
         shards: in the order of their documents.
+        text_bytes: of the texts that the tokens stand for, in UTF-8; None where that is not known.
     """
 
     vocab_size: int
@@ -70,6 +71,7 @@ class Manifest:
     documents: int
     tokens: int
     shards: tuple[Shard, ...]
+    text_bytes: int | None = None
 
 
 def fingerprint(tokenizer: Tokenizer) -> str:
@@ -79,7 +81,12 @@ def fingerprint(tokenizer: Tokenizer) -> str:
 
 
 def write_token_files(
-    directory: Path, documents: Iterable[np.ndarray], tokenizer: Tokenizer, *, shard_tokens: int
+    directory: Path,
+    documents: Iterable[np.ndarray],
+    tokenizer: Tokenizer,
+    *,
+    shard_tokens: int,
+    text_bytes: Callable[[], int | None] = lambda: None,
 ) -> Manifest:
     """Fills an empty directory; memory does not grow with the documents.
 
@@ -88,6 +95,10 @@ def write_token_files(
         documents: the tokens of each, none empty.
         tokenizer: that made them.
         shard_tokens: a shard is closed by the document that reaches it.
+        text_bytes: says, when all documents have been taken, what their texts come to in UTF-8.
+
+    Raises:
+        ValueError: a token is outside the vocabulary; the message names shard, document and position.
     """
     vocab_size = tokenizer.get_vocab_size()
     dtype = "<u2" if max(tokenizer.get_vocab().values()) < 2**16 else "<u4"  # ids may have gaps
@@ -112,6 +123,7 @@ def write_token_files(
         documents=sum(shard.documents for shard in shards),
         tokens=end,
         shards=tuple(shards),
+        text_bytes=text_bytes(),
     )
     text = json.dumps({"format": FORMAT, **dataclasses.asdict(manifest)}, indent=1) + "\n"
     (directory / MANIFEST).write_text(text, encoding="utf-8")
@@ -147,7 +159,7 @@ def open_token_files(directory: Path, tokenizer: Tokenizer | None, *, vocab_size
         raise ValueError(
             f"{directory / OFFSETS}: from {offsets[0]} to {offsets[-1]}: expected 0 to {manifest.tokens} tokens"
         )
-    return Documents(offsets, tokens.read)
+    return Documents(offsets, tokens.read, manifest.text_bytes)
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -182,6 +194,12 @@ class _ShardWriter:
 
     def add(self, document: np.ndarray) -> None:
         """Appends a document; tokens that do not fill a record wait for the next one."""
+        if document.min() < 0 or document.max() > np.iinfo(self._dtype).max:
+            position = int(np.argmax((document < 0) | (document > np.iinfo(self._dtype).max)))
+            raise ValueError(
+                f"{self._path}, document {self._documents}, position {position}: token id {document[position]} is "
+                "outside the vocabulary"
+            )
         self._documents += 1
         self.tokens += len(document)
         self._largest_id = max(self._largest_id, int(document.max()))

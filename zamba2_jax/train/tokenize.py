@@ -57,15 +57,27 @@ def tokenize(
             raise ValueError(f"{name}={value}: expected an integer >= 1")
     loaded = load_tokenizer(tokenizer)
     framed = [(source, frame_of(loaded, source.bos, source.eos)) for source in sources]
+    text_bytes = 0
+
+    def counted(texts: Iterable[Text]) -> Iterator[Text]:
+        nonlocal text_bytes
+        for text in texts:
+            text_bytes += len(text.text.encode())
+            yield text
+
     tasks = (
-        _Task(texts, frame, source.special_tokens) for source, frame in framed for texts in chunks(read_texts(source))
+        _Task(texts, frame, source.special_tokens)
+        for source, frame in framed
+        for texts in chunks(counted(read_texts(source)))
     )
 
     def write(directory: Path) -> Manifest:
         executor = ProcessPoolExecutor(processes, get_context("spawn"), _start, (loaded,))
         try:
             documents = _encoded(executor, tasks, AHEAD * processes, progress)
-            manifest = write_token_files(directory, documents, loaded.backend, shard_tokens=shard_tokens)
+            manifest = write_token_files(
+                directory, documents, loaded.backend, shard_tokens=shard_tokens, text_bytes=lambda: text_bytes
+            )
         finally:
             executor.shutdown(cancel_futures=True)
         copy_tokenizer(tokenizer, directory)
