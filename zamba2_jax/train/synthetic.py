@@ -2,8 +2,8 @@
 
 A source of examples is a function of seed and index, like all others: row i of a stream holds the same examples
 whenever, and on whichever host, it is made. Examples are documents in the tokenizer's frame. Their symbols are ordinary
-ids of the tokenizer, never special tokens: spread evenly over the vocabulary, and the same for a task whatever the seed, so
-that what is learnt in training is asked for in evaluation.
+ids of the tokenizer, never special tokens: spread evenly over the vocabulary, and the same for a task whatever the
+seed, so that what is learnt in training is asked for in evaluation.
 """
 
 import dataclasses
