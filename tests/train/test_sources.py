@@ -146,14 +146,14 @@ def test_every_source_has_the_ids_that_generation_is_fed(tmp_path, kind):
             config = SourceConfig(kind=name, path=str(path), special_tokens=special, bos="", eos="")
             found[name] = open_documents(config, tokenizer, vocab_size=33_000)
             assert sorted(map(tuple, found[name])) == sorted(map(tuple, fed.values()))
-        output = tmp_path / f"tokens-{special}"
-        sources = sources_at(paths["jsonl"], special_tokens=special, bos="", eos="")
-        tokenize(sources, output, tmp_path / "tokenizer", processes=1, shard_tokens=99, progress=lambda size: None)
-        of_files = open_documents(SourceConfig(kind="tokens", path=str(output)), tokenizer, vocab_size=33_000)
-        assert [tuple(row) for row in of_files] == [tuple(fed[text]) for text in texts]
-        framed = open_documents(SourceConfig(kind="jsonl", path=str(paths["jsonl"])), tokenizer, vocab_size=33_000)
-        begin, end = frame_of(tokenizer)
-        assert tuple(framed[0]) == (*begin, *tokenizer.encode(" leading", add_special_tokens=False), *end)
+    output = tmp_path / "tokens"
+    sources = sources_at(paths["jsonl"], special_tokens=True, bos="", eos="")
+    tokenize(sources, output, tmp_path / "tokenizer", processes=1, shard_tokens=99, progress=lambda size: None)
+    of_files = open_documents(SourceConfig(kind="tokens", path=str(output)), tokenizer, vocab_size=33_000)
+    assert [tuple(row) for row in of_files] == [tuple(fed[text]) for text in texts]
+    framed = open_documents(SourceConfig(kind="jsonl", path=str(paths["jsonl"])), tokenizer, vocab_size=33_000)
+    begin, end = frame_of(tokenizer)
+    assert tuple(framed[0]) == (*begin, *tokenizer.encode(" leading", add_special_tokens=False), *end)
     assert tokenizer.encode(texts[3], add_special_tokens=False) != tokenizer.encode_batch([texts[3]])[0]
 
 
