@@ -89,7 +89,7 @@ def answers(source, tokens, tokenizer):
     assert rest.split(".")[0] == answer
     assert answer.strip().isdigit()
     assert len(answer.strip()) == task.digits
-    size = len(tokenizer.encode(answer))
+    size = len(tokenizer.encode(answer, add_special_tokens=False))
     return dict(enumerate(tokens[-size:], len(tokens) - size))
 
 
