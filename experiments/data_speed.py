@@ -72,7 +72,7 @@ def main() -> None:
     """Measures, prints and writes."""
     argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     corpus = tokenize_embedded_corpus(Zamba2Config.preset("zamba2-nano").vocab_size)
-    vocab_size = corpus.tokenizer.get_vocab_size()
+    vocab_size = corpus.tokenizer.vocab_size
     results: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)

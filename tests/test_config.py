@@ -176,6 +176,8 @@ SPELLINGS = {
     "layer_types": renamed(GENERATION_3, "layers_block_type", "layer_types"),
     "older rope": GENERATION_2 | {"rope_parameters": {"type": "default", "rope_theta": 10000.0}},
     "eos list": GENERATION_3 | {"eos_token_id": [2]},
+    "eos list with ids past the embedding": GENERATION_3 | {"eos_token_id": [2, 32002]},
+    "null for what is not known": GENERATION_3 | {"flash_mode": None},
 }
 
 
@@ -197,6 +199,44 @@ def test_source_is_a_mapping_a_file_or_its_directory(tmp_path):
 def test_special_tokens_past_the_vocabulary_are_none():
     config = Zamba2Config.from_hf(GENERATION_1 | {"bos_token_id": 32001, "eos_token_id": 32002})
     assert config == dataclasses.replace(ONE_TWO_B, bos_token_id=None, eos_token_id=None)
+    for pad in (-1, 32000):
+        assert Zamba2Config.from_hf(GENERATION_1 | {"pad_token_id": pad}).pad_token_id is None
+
+
+def test_several_tokens_may_end_a_text():
+    config = Zamba2Config.from_hf(GENERATION_1 | {"eos_token_id": [2, 7, 32001]})
+    assert config.eos_token_id == (2, 7)
+    assert config.to_hf()["eos_token_id"] == [2, 7]
+    assert Zamba2Config.from_hf(config.to_hf()) == config
+    assert hash(dataclasses.replace(TINY, eos_token_id=[2, 7])) == hash(dataclasses.replace(TINY, eos_token_id=(2, 7)))
+    with pytest.raises(
+        ValueError, match=re.escape("eos_token_id=(2, 97): expected None or an id in [0, vocab_size=97)")
+    ):
+        dataclasses.replace(TINY, eos_token_id=(2, 97))
+
+
+NOTES = {
+    "unsloth_version": "2025.1",
+    "unsloth_fixed": True,
+    "pretraining_tp": 1,
+    "model_max_length": 4096,
+    "trained_by": "us",
+    "metadata": {"run": 7},
+}
+
+
+def test_notes_in_a_config_are_left_out_with_a_warning():
+    """Keys that could change numbers are errors, among them those of `REFUSED`."""
+    with pytest.warns(UserWarning, match="'trained_by'.* are unknown and left out"):
+        assert Zamba2Config.from_hf(GENERATION_1 | NOTES) == Zamba2Config.from_hf(GENERATION_1)
+    for key in ("attn_softcap", "residual_multiplier", "num_experts", "qk_norm", "mlp_bias", "hidden_act_2"):
+        with pytest.raises(ValueError, match=f"'{key}'.* could change what the model computes"):
+            Zamba2Config.from_hf(GENERATION_1 | NOTES | {key: 1})
+
+
+def test_a_config_may_begin_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "config.json").write_text("\ufeff" + json.dumps(GENERATION_1), encoding="utf-8")
+    assert Zamba2Config.from_hf(tmp_path) == Zamba2Config.from_hf(GENERATION_1)
 
 
 @pytest.mark.parametrize("times", [0, 1, 2])

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from zamba2_jax.generate.sampling import Sampling
     from zamba2_jax.generate.score import score
     from zamba2_jax.model import Cache, Zamba2, cache_bytes, capture, fork, init_cache, next_token_loss, tap_names
-    from zamba2_jax.text.tokenizer import load_tokenizer
+    from zamba2_jax.text import load_tokenizer
 
 __all__ = [
     "Cache",
@@ -47,8 +47,9 @@ __all__ = [
 _PARTS = {
     "checkpoint": "load_hf save_hf",
     "config": "Zamba2Config",
-    "generate": "Completion Engine Request Sampling Token decode_step generate load_tokenizer prefill score stream",
+    "generate": "Completion Engine Request Sampling Token decode_step generate prefill score stream",
     "model": "Cache Zamba2 cache_bytes capture fork init_cache next_token_loss tap_names",
+    "text": "load_tokenizer",
 }
 _PART_OF = {name: part for part, names in _PARTS.items() for name in names.split()}
 

@@ -5,12 +5,14 @@ no mesh, no dtype, no kernel choice, no tokenizer. Shapes in the other modules d
 """
 
 import dataclasses
-import json
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from zamba2_jax.files import read_json
 
 GATED_NORM_EPS = 1e-5
 """Epsilon of the norm inside a Mamba2 block: a constant of the reference, not `rms_norm_eps`."""
@@ -70,6 +72,7 @@ class Zamba2Config:
         tie_embeddings: whether the output head is the embedding.
         initializer_range: standard deviation of the normal initialisation of every matrix.
         max_position_embeddings: the trained context length; nothing in the model stops beyond it.
+        eos_token_id: the token that ends a text, or several.
 
     Raises:
         ValueError: a value breaks a rule; the message names field, value and rule.
@@ -103,7 +106,7 @@ class Zamba2Config:
     max_position_embeddings: int = 4096
     pad_token_id: int | None = 0
     bos_token_id: int | None = 1
-    eos_token_id: int | None = 2
+    eos_token_id: int | tuple[int, ...] | None = 2
 
     def __post_init__(self) -> None:
         for name in ("hybrid_layer_ids", "time_step_limit"):
@@ -117,9 +120,12 @@ class Zamba2Config:
             _require(_is_finite(value) and value > 0, name, value, "a finite number > 0")
         for name in _BOOLS:
             _require(isinstance(getattr(self, name), bool), name, getattr(self, name), "true or false")
+        if isinstance(self.eos_token_id, list):
+            object.__setattr__(self, "eos_token_id", tuple(self.eos_token_id))
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             value = getattr(self, name)
-            valid = value is None or (_is_int(value) and 0 <= value < self.vocab_size)
+            several = name == "eos_token_id" and isinstance(value, tuple)
+            valid = value is None or all(self._has_token(id_) for id_ in (value if several else [value]))
             _require(valid, name, value, f"None or an id in [0, vocab_size={self.vocab_size})")
         ids = self.hybrid_layer_ids
         in_range = all(_is_int(i) and 0 <= i < self.num_layers for i in ids)
@@ -151,6 +157,9 @@ class Zamba2Config:
             self.time_step_min,
             f"at most time_step_max = {self.time_step_max}",
         )
+
+    def _has_token(self, id_: object) -> bool:
+        return isinstance(id_, int) and _is_int(id_) and 0 <= id_ < self.vocab_size
 
     @property
     def inner_size(self) -> int:
@@ -227,9 +236,12 @@ class Zamba2Config:
         Args:
             source: a config.json, the directory that holds it, or its parsed content.
 
+        A key that is unknown and describes something else than the model is left out, with a warning.
+
         Raises:
             FileNotFoundError: there is no config.json.
-            ValueError: a key is unknown, missing, or has a value this model cannot honour.
+            ValueError: a key is missing, or has a value this model cannot honour, or is unknown and could change what
+                the model computes.
         """
         if isinstance(source, Mapping):
             return _from_hf(dict(source))
@@ -237,10 +249,7 @@ class Zamba2Config:
         path = path / "config.json" if path.is_dir() else path
         if not path.is_file():
             raise FileNotFoundError(f"no config.json at {path}")
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} is not valid JSON: {error}") from error
+        values = read_json(path)
         if not isinstance(values, dict):
             raise ValueError(f"{path} holds {type(values).__name__}, expected a JSON object")
         return _from_hf(values)
@@ -298,7 +307,7 @@ class Zamba2Config:
             "rms_norm_eps": self.rms_norm_eps,
             "pad_token_id": self.pad_token_id,
             "bos_token_id": self.bos_token_id,
-            "eos_token_id": self.eos_token_id,
+            "eos_token_id": list(self.eos_token_id) if isinstance(self.eos_token_id, tuple) else self.eos_token_id,
             "tie_word_embeddings": self.tie_embeddings,
         }
 
@@ -404,6 +413,28 @@ _HF_IGNORED = frozenset(
 )
 
 
+# Words of architectures and of how they are computed. An unknown key that has one of them is refused; one without is a
+# note of some tool or person.
+_MODEL_WORDS = frozenset(
+    """
+    hidden size sizes layer layers head heads dim dims width depth norm norms layernorm rms eps epsilon act activation
+    attn attention mamba mamba2 ssm conv conv1d kernel rope rotary theta bias dropout scale scaling factor init
+    initializer range mlp ffn ff intermediate expert experts moe router routing topk window sliding local global chunk
+    embedding embeddings embed position positions positional max mem memory block blocks shared share adapter adapters
+    lora rank state states group groups query key value kv qkv q k v o logit logits softcap softcapping cap residual
+    multiplier tie tied untie vocab dt time gate gated gating flash mode use num n expand expansion parallel sparse
+    dense alibi mup quantization quant quantized bits float16 bfloat16 fp16 fp8 int8 pretraining attn_mode causal
+    bidirectional mask recurrent delta proj projection
+    """.split()
+)
+# Known notes whose names have such words.
+_NOTES = frozenset("model_max_length pretraining_tp".split())
+
+
+def _could_change_numbers(key: str) -> bool:
+    return key not in _NOTES and not _MODEL_WORDS.isdisjoint(key.lower().strip("_").split("_"))
+
+
 def _from_hf(hf: dict[str, Any]) -> Zamba2Config:
     fields: dict[str, Any] = {}
     for field, names in _HF_NAMES.items():
@@ -419,14 +450,13 @@ def _from_hf(hf: dict[str, Any]) -> Zamba2Config:
     for field in _POSITIVE_INTS:  # other values are derived from them
         if field in fields:
             _require_positive_int(field, fields[field])
-    if "eos_token_id" in fields and isinstance(fields["eos_token_id"], list) and len(fields["eos_token_id"]) == 1:
-        fields["eos_token_id"] = fields["eos_token_id"][0]
     vocab_size = fields.get("vocab_size", Zamba2Config.vocab_size)
-    for token in ("bos_token_id", "eos_token_id"):
-        # Some published files name ids just past the embedding (32001, 32002): no such token can be fed.
-        value = fields.get(token)
-        if isinstance(value, int) and value >= vocab_size:
-            fields[token] = None
+    for token in {"pad_token_id", "bos_token_id", "eos_token_id"} & set(fields):
+        # Some published files name ids just past the embedding (32001, 32002), or -1: no such token can be fed.
+        value = fields[token]
+        listed = value if isinstance(value, list) and token == "eos_token_id" else [value]
+        known = [id_ for id_ in listed if not isinstance(id_, int) or 0 <= id_ < vocab_size]
+        fields[token] = known[0] if len(known) == 1 else tuple(known) or None
     fields.setdefault("kv_heads", fields["attention_heads"])
     fields.setdefault("ffn_size", 4 * fields["hidden_size"])
     fields["hybrid_layer_ids"] = _hybrid_layer_ids(hf, fields["num_layers"])
@@ -436,9 +466,12 @@ def _from_hf(hf: dict[str, Any]) -> Zamba2Config:
     for key, allowed in _HF_FIXED.items():
         if key in hf and hf.pop(key) not in allowed:
             raise ValueError(f"config key {key!r} has a value this model does not support, expected {allowed[0]!r}")
-    unknown = sorted(key for key in hf if key not in _HF_IGNORED and key not in _HF_DERIVED)
+    unknown = sorted(key for key in hf if key not in _HF_IGNORED and key not in _HF_DERIVED and hf[key] is not None)
+    unsafe = [key for key in unknown if _could_change_numbers(key)]
+    if unsafe:
+        raise ValueError(f"config keys {unsafe} are unknown and could change what the model computes")
     if unknown:
-        raise ValueError(f"config keys {unknown} are unknown and could change what the model computes")
+        warnings.warn(f"config keys {unknown} are unknown and left out: they do not describe the model", stacklevel=3)
     config = Zamba2Config(**fields)
     for key, derive in _HF_DERIVED.items():
         if hf.get(key) is not None and hf[key] != derive(config):

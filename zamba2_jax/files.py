@@ -1,4 +1,4 @@
-"""Files and directories that are never half-written."""
+"""Files: texts and JSON that are read as others write them, and files and directories that are never half-written."""
 
 import json
 import shutil
@@ -7,6 +7,32 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+
+def read_text(path: Path) -> str:
+    """A text in UTF-8, without the byte order mark that some programs begin it with.
+
+    Raises:
+        ValueError: it is not UTF-8.
+        OSError: it cannot be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from error
+
+
+def read_json(path: Path) -> Any:
+    """What a file holds in JSON.
+
+    Raises:
+        ValueError: it is not valid.
+        OSError: it cannot be read.
+    """
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from error
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:

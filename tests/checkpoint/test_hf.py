@@ -453,6 +453,48 @@ def test_spoilt_directories_are_refused(checkpoint, spoil, error, message):
         load_hf(checkpoint)
 
 
+# What stands before all names
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "base_model.model."])
+def test_a_prefix_of_all_names_is_left_out(checkpoint, model, prefix):
+    arrays = {f"{prefix}{name}": array for name, array in read(checkpoint).items()}
+    save_file(arrays, checkpoint / "model.safetensors")
+    assert_same(load_hf(checkpoint), model)
+    arrays[f"{prefix}extra"] = np.zeros(3, np.float32)
+    save_file(arrays, checkpoint / "model.safetensors")
+    with pytest.raises(ValueError, match=re.escape(f":\n  {prefix}extra: unexpected") + "$"):
+        load_hf(checkpoint)
+
+
+def test_names_may_lack_the_model_s(tmp_path):
+    untied = random_model(dataclasses.replace(TWO_BLOCKS, tie_embeddings=False))
+    directory = saved(tmp_path / "saved", untied)
+    arrays = {name.removeprefix("model."): array for name, array in read(directory).items()}
+    assert "lm_head.weight" in arrays
+    assert "embed_tokens.weight" in arrays
+    save_file(arrays, directory / "model.safetensors")
+    assert_same(load_hf(directory), untied)
+
+
+def test_an_index_and_a_single_file_must_agree(tmp_path, model):
+    directory = saved(tmp_path / "sharded", model, max_shard_size=50_000)
+    whole = saved(tmp_path / "whole", model)
+    shutil.copy(whole / "model.safetensors", directory)
+    assert_same(load_hf(directory), model)
+    other = saved(tmp_path / "other", with_dtypes(model, {"norm": "bfloat16"}))
+    shutil.copy(other / "model.safetensors", directory)
+    with pytest.raises(ValueError, match=r"holds model.safetensors and an .*index.json of other weights"):
+        load_hf(directory)
+
+
+def test_a_fingerprint_is_of_the_weights_and_not_of_their_place(tmp_path, model):
+    sharded, whole = saved(tmp_path / "sharded", model, max_shard_size=50_000), saved(tmp_path / "whole", model)
+    assert hf.fingerprint(sharded) == hf.fingerprint(whole)
+    other = with_values(model, {path: p[...] + (path == "norm") for path, p in named_parameters(model).items()})
+    assert hf.fingerprint(saved(tmp_path / "other", other)) != hf.fingerprint(whole)
+
+
 # The hub
 
 

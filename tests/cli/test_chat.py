@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests.generate.checkpoints import CONFIG, write_checkpoint
+from tests.generate.checkpoints import write_checkpoint
 from zamba2_jax.checkpoint import hf
 from zamba2_jax.cli.chat import HELP
 from zamba2_jax.cli.main import main
@@ -101,6 +101,6 @@ def test_errors_come_before_the_weights_are_read(directory, monkeypatch, tmp_pat
     (tmp_path / "broken.jinja").write_text("{% if %}{")
     (tmp_path / "no_system.jinja").write_text("{{ raise_exception('no') if messages[0].role == 'system' }}")
     write_checkpoint(tmp_path / "plain", template=None)
-    assert load_tokenizer(tmp_path / "plain", CONFIG).chat_template is None
+    assert load_tokenizer(tmp_path / "plain").chat_template is None
     assert main(["chat", "--model", str(directory), *(word.format(tmp=tmp_path) for word in words)]) == 2
     assert f"zamba2: error: {message}" in capsys.readouterr().err

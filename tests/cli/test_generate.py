@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.generate.checkpoints import CONFIG, write_checkpoint
+from tests.generate.checkpoints import write_checkpoint
 from tests.helpers import COMMAND
 from zamba2_jax import generate, load_hf
 from zamba2_jax.checkpoint import hf
@@ -27,7 +27,7 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def continuations(directory):
-    tokenizer = load_tokenizer(directory, CONFIG)
+    tokenizer = load_tokenizer(directory)
     return generate(load_hf(directory), PROMPTS, 6, tokenizer=tokenizer, stop_tokens=(2,))
 
 
@@ -90,15 +90,45 @@ def test_an_interrupted_job_keeps_what_is_done_and_goes_on(directory, tmp_path):
     assert len(out.read_text().splitlines()) == 40
 
 
+def test_a_reader_that_goes_away_ends_the_command_without_a_word():
+    """As `| head` does."""
+    code = (
+        "import sys; from zamba2_jax.cli import tokenize, main\n"
+        "def run(self):\n    while True: print('x' * 1000, flush=True)\n"
+        "tokenize.Tokenize.run = run\n"
+        "sys.exit(main.main('tokenize --input x --output y --tokenizer z'.split()))"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        said = process.stderr.read()
+    assert (process.returncode, said) == (128 + signal.SIGPIPE, b"")
+
+
+def test_a_job_goes_on_with_its_own_model_and_settings_alone(call, tmp_path, capsys):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "the cat"}\n{"prompt": "on the mat"}\n')
+    words = ("--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl")
+    assert call(*words) == 0
+    whole = (tmp_path / "out.jsonl").read_text().splitlines()
+    (tmp_path / "out.jsonl").write_text(whole[0] + "\n")
+    capsys.readouterr()
+    assert call(*words, "--resume", "--temperature", "1", "--max-new-tokens", "7", "--stop", "x") == 2
+    said = capsys.readouterr().err
+    assert "were made by another job:\n  max_new_tokens: 6 before, 7 now\n  temperature: 0.0 before, 1.0 now\n" in said
+    assert "  stop: [] before, ['x'] now" in said
+    assert call(*words, "--resume") == 0
+    assert sorted((tmp_path / "out.jsonl").read_text().splitlines()) == sorted(whole)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ([], "expected one of --prompt and --input"),
         (["--prompt", "x", "--input", "-"], "expected one of --prompt and --input"),
-        (["--prompt", ""], "prompt is empty, expected text"),
+        (["--prompt", "\udcff"], "prompt 0 is '\\udcff', with half of a surrogate pair: expected text"),
         (["--prompt", "x", "--top-p", "0"], "top_p=0.0: expected a number in (0, 1]"),
         (["--prompt", "x", "--capacity", "0"], "--capacity 0: expected at least 1"),
-        (["--prompt", "x", "--capacity", "6"], "1 tokens and 6 new ones: expected at most the capacity, 6"),
+        (["--prompt", "x", "--capacity", "6"], "2 tokens and 6 new ones: expected at most the capacity, 6"),
         (["--prompt", "x", "--stop", ""], "stop_strings=('',): expected a sequence of strings, none empty"),
         (["--prompt", "x", "--slots", "0"], "--slots 0: expected at least 1"),
         (["--prompt", "x", "--resume"], "--resume needs --output"),

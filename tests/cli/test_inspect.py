@@ -8,7 +8,8 @@ from zamba2_jax import load_hf
 from zamba2_jax.cli import options
 from zamba2_jax.cli.main import main
 from zamba2_jax.evaluate import necessity
-from zamba2_jax.text.vocabulary import encode_documents, load_tokenizer
+from zamba2_jax.text.frame import encode_documents, frame_of
+from zamba2_jax.text.tokenizer import load_tokenizer
 from zamba2_jax.train.data import held_out
 from zamba2_jax.train.documents import in_memory
 
@@ -31,7 +32,8 @@ def test_what_each_part_of_a_checkpoint_is_worth_on_a_file(call, directory, tmp_
     options = ("--data", tmp_path / "unseen.jsonl", "--seq", 16, "--rows", 4, "--batch", 2, "--select", "all.*")
     assert call(*options, *outputs) == 0
     found = json.loads((tmp_path / "found.json").read_text())
-    tokens = np.concatenate(encode_documents(load_tokenizer(directory), texts))[: 4 * 16]
+    tokenizer = load_tokenizer(directory)
+    tokens = np.concatenate(encode_documents(tokenizer, texts, frame_of(tokenizer)))[: 4 * 16]
     batches = held_out(in_memory([tokens]), batch_size=2, length=16)
     expected = necessity(load_hf(directory), batches, select=["all.*"])
     names = [f"all.{kind}" for kind in ("attention", "adapters", "mlp", "shared", "mixer")]

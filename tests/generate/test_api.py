@@ -40,7 +40,7 @@ def test_lists_are_continued_by_lists_and_strings_by_strings(model):
 
 def test_seeds_follow_the_prompts(model):
     """One seed for all: prompt i has the i-th after it. A list of samplings is taken as it is."""
-    how = Sampling(temperature=2.0, seed=2**32 - 1)
+    how = Sampling(temperature=2.0, seed=2**64 - 1)
     first, second = generate(model, [PROMPTS[2]] * 2, 6, how, slots=2)
     assert first != second
     assert generate(model, [PROMPTS[2]] * 2, 6, [Sampling(temperature=2.0, seed=0), how], slots=2) == [second, first]
@@ -78,8 +78,8 @@ def test_a_stream_gives_every_token_as_it_comes(model):
         ([[1], [2, 32]], {}, "prompt 1 holds token 32, expected ids in [0, 32)"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens=0: expected an integer, at least 1"),
         ([[1]], {"sampling": [Sampling()] * 2}, "sampling has 2 entries: expected one, or 1, as prompts"),
-        ([[1]], {"stop_strings": ["x"]}, "expected an engine with a decode function"),
-        ([[1]], {"stop_strings": ["x"], "prefix": [2]}, "expected an engine with a decode function"),
+        ([[1]], {"stop_strings": ["x"]}, "expected an engine with a tokenizer"),
+        ([[1]], {"stop_strings": ["x"], "prefix": [2]}, "expected an engine with a tokenizer"),
         ([[1]], {"stop_strings": 5}, "stop_strings=5: expected a sequence of strings, none empty"),
         ([[1]], {"stop_tokens": 5}, "stop_tokens=5: expected a sequence of token ids"),
         ([[1]], {"stop_tokens": [-1]}, "stop_tokens holds token -1"),

@@ -3,7 +3,7 @@ from contextlib import closing
 
 import pytest
 
-from tests.generate.checkpoints import CONFIG, TEMPLATE, write_checkpoint
+from tests.generate.checkpoints import TEMPLATE, write_checkpoint
 from zamba2_jax import Engine, Request, Sampling, load_hf
 from zamba2_jax.generate.chat import Conversation
 from zamba2_jax.text.tokenizer import load_tokenizer
@@ -21,7 +21,7 @@ def model(tmp_path_factory):
 @pytest.fixture
 def tokenizer(tmp_path, request):
     template = getattr(request, "param", TEMPLATE)
-    return load_tokenizer(write_checkpoint(tmp_path / "model", template), CONFIG)
+    return load_tokenizer(write_checkpoint(tmp_path / "model", template))
 
 
 def answer_to(model, tokens):

@@ -1,4 +1,5 @@
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,9 @@ def model():
 def spell(tokens):
     """Token i as a letter and, for every third, a space."""
     return "".join(chr(ord("A") + token) + " " * (token % 3 == 0) for token in tokens)
+
+
+SPELLING = SimpleNamespace(decode=spell)
 
 
 def engine_of(model, slots=3, **options):
@@ -150,7 +154,7 @@ def test_a_stop_token_ends_its_request_alone(model):
     at, never = free[0].tokens.index(stop), next(token for token in range(V) if token not in free[0].tokens)
     for streaming in (False, True):
         stopped, other = run(
-            engine_of(model, decode=spell),
+            engine_of(model, tokenizer=SPELLING),
             [Request(prompts[0], 20, stop_tokens=[stop, never]), Request(prompts[1], 20)],
             streaming=streaming,
         )
@@ -163,10 +167,10 @@ def test_a_stop_token_ends_its_request_alone(model):
 def test_a_stop_string_ends_its_request_and_frees_its_slot(model):
     """The string is across two tokens; what a block holds behind it is dropped. The slot's next request is right."""
     how = Sampling(temperature=1.5, seed=8)
-    (free,) = run(engine_of(model, 1, decode=spell), [Request(prompt_of(5), 20, how)])
+    (free,) = run(engine_of(model, 1, tokenizer=SPELLING), [Request(prompt_of(5), 20, how)])
     stop = spell(free.tokens[6:8])
     for streaming in (False, True):
-        engine = engine_of(model, 1, decode=spell)
+        engine = engine_of(model, 1, tokenizer=SPELLING)
         stopped, after = run(
             engine,
             [Request(prompt_of(5), 20, how, stop_strings=["never", stop]), Request(prompt_of(5), 20, how)],
@@ -312,7 +316,7 @@ def test_an_engine_holds_the_caches_that_were_promised(model, slots, rows):
         ({"stop_strings": "\n"}, "stop_strings='\\n': expected a sequence of strings, none empty"),
         ({"stop_strings": [""]}, "stop_strings=['']: expected a sequence of strings, none empty"),
         ({"stop_strings": [7]}, "stop_strings=[7]: expected a sequence of strings, none empty"),
-        ({"stop_strings": ["x"]}, "stop_strings=['x']: expected an engine with a decode function"),
+        ({"stop_strings": ["x"]}, "stop_strings=['x']: expected an engine with a tokenizer"),
     ],
 )
 def test_a_wrong_request_is_named_when_it_is_made_or_submitted(unchecked, model, values, message):

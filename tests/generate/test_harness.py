@@ -2,13 +2,14 @@
 
 import importlib.util
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from tests.generate.checkpoints import CONFIG, TEXT, write_checkpoint
-from zamba2_jax import load_hf
+from zamba2_jax import generate, load_hf
 from zamba2_jax.text.tokenizer import load_tokenizer
 
 if importlib.util.find_spec("lm_eval") is None:
@@ -73,20 +74,11 @@ def test_scores_are_those_of_transformers_in_the_same_harness(directory, tmp_pat
     pytest.importorskip("accelerate", reason="the harness's own adapter needs accelerate, which is not installed")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    import lm_eval
     from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
 
     from zamba2_jax.generate.harness import Harness
     from zamba2_jax.parity import reference
 
-    (tmp_path / "tasks").mkdir()
-    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, documents())))
-    for name, task in TASKS.items():
-        data = (
-            f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/data.jsonl}}}}\ntest_split: test\n"
-        )
-        (tmp_path / "tasks" / f"{name}.yaml").write_text(f"task: {name}\n{data}{task}")
     max_length = 24  # shorter than some texts, which are then cut and rolled over
     theirs = HFLM(
         pretrained=reference.load(directory, CONFIG, "float32", reference.CHUNK_SIZE),
@@ -94,13 +86,55 @@ def test_scores_are_those_of_transformers_in_the_same_harness(directory, tmp_pat
         batch_size=1,
         max_length=max_length,
     )
-    ours = Harness(load_hf(directory), load_tokenizer(directory, CONFIG), batch_size=4, max_length=max_length)
+    ours = Harness(load_hf(directory), load_tokenizer(directory), batch_size=4, max_length=max_length)
+    compare(ours, theirs, tmp_path)
+
+
+@pytest.mark.slow
+def test_answers_end_with_all_tokens_that_the_checkpoint_names(directory, tmp_path, monkeypatch):
+    """Two of them; one is not special, and its text is in the answer, as in that of the harness's own class."""
+    pytest.importorskip("torch", reason="compares with PyTorch, which is not installed")
+    pytest.importorskip("accelerate", reason="the harness's own adapter needs accelerate, which is not installed")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    from lm_eval.models.huggingface import HFLM
+
+    from zamba2_jax.generate.harness import Harness
+
+    ended = tmp_path / "model"
+    shutil.copytree(directory, ended)
+    # A token that the model likes to write, without the letter that ends an answer.
+    tokenizer = load_tokenizer(ended)
+    prompts = [tokenizer.encode(document["question"]) for document in documents()]
+    likely = np.concatenate([row[1:4] for row in generate(load_hf(ended), prompts, 4, stop_tokens=[2])])
+    second = int(next(id_ for id_ in likely if id_ > 2 and "e" not in tokenizer.decode([id_])))
+    (ended / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, second], "pad_token_id": 0}))
+    assert load_tokenizer(ended).end_tokens == (2, second)
+    ours = Harness(str(ended), batch_size=4, max_length=48)
+    theirs = HFLM(pretrained=str(ended), batch_size=1, max_length=48, dtype="float32", device="cpu")
+    found = compare(ours, theirs, tmp_path, ["until"])
+    answers = {response for sample in found["samples"]["until"] for [response] in sample["resps"]}
+    assert any(answer.endswith(tokenizer.decode([second])) for answer in answers)
+
+
+def compare(ours, theirs, tmp_path, names=tuple(TASKS)):
+    """The same tasks with two models, sample by sample; what was found."""
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, documents())))
+    for name in names:
+        data = (
+            f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path}/data.jsonl}}}}\ntest_split: test\n"
+        )
+        (tmp_path / "tasks" / f"{name}.yaml").write_text(f"task: {name}\n{data}{TASKS[name]}")
     tasks = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
     found, expected = (
-        lm_eval.simple_evaluate(model=model, tasks=list(TASKS), task_manager=tasks, bootstrap_iters=0)
+        lm_eval.simple_evaluate(model=model, tasks=list(names), task_manager=tasks, bootstrap_iters=0)
         for model in (ours, theirs)
     )
-    for name in TASKS:
+    for name in names:
         for a, b in zip(found["samples"][name], expected["samples"][name], strict=True):
             assert a["doc"] == b["doc"]
             if name == "until":
@@ -113,12 +147,13 @@ def test_scores_are_those_of_transformers_in_the_same_harness(directory, tmp_pat
             if isinstance(value, float):
                 np.testing.assert_allclose(found["results"][name][metric], value, rtol=1e-5, err_msg=metric)
     assert len({response for sample in found["samples"]["until"] for [response] in sample["resps"]}) > 3
+    return found
 
 
 def test_bad_arguments_are_named(directory):
     from zamba2_jax.generate.harness import Harness
 
-    model, tokenizer = load_hf(directory), load_tokenizer(directory, CONFIG)
+    model, tokenizer = load_hf(directory), load_tokenizer(directory)
     with pytest.raises(ValueError, match="tokenizer=None: expected one with an eos_token"):
         Harness(model)
     with pytest.raises(ValueError, match="batch_size='auto': expected a number"):

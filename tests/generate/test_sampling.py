@@ -112,10 +112,10 @@ def test_draws_follow_the_distribution(along):
     ]
     (logits,), i = random_logits(1), np.arange(DRAWS, dtype=np.uint32)
     for how in hows:
-        rows = jax.tree.map(lambda value: np.repeat(value, DRAWS), SamplingRows.stack([how]))
+        rows = jax.tree.map(lambda value: np.repeat(value, DRAWS, axis=0), SamplingRows.stack([how]))
         positions = np.zeros(DRAWS, np.int32)
         if along == "seeds":
-            rows = rows.replace(seed=i)
+            rows = rows.replace(seed=np.stack([np.zeros_like(i), i], axis=-1))
         else:
             positions = i.astype(np.int32)
         tokens = sample_jit(np.tile(logits, (DRAWS, 1)), rows, np.zeros((DRAWS, V), bool), positions)
@@ -135,9 +135,9 @@ def test_draws_follow_the_distribution(along):
 def test_neighbouring_draws_are_independent(along):
     """Pairs of draws with seeds, or positions, i and i + 1: 16 equally likely outcomes."""
     i = np.arange(DRAWS, dtype=np.uint32)
-    rows = jax.tree.map(lambda value: np.repeat(value, DRAWS), SamplingRows.stack([Sampling(temperature=1.0)]))
+    rows = jax.tree.map(lambda value: np.repeat(value, DRAWS, axis=0), SamplingRows.stack([Sampling(temperature=1.0)]))
     if along == "seeds":
-        rows = rows.replace(seed=i)
+        rows = rows.replace(seed=np.stack([np.zeros_like(i), i], axis=-1))
     positions = np.zeros(DRAWS, np.int32) if along == "seeds" else i.astype(np.int32)
     logits = np.full((DRAWS, V), -np.inf, np.float32)
     logits[:, :4] = 0
@@ -193,16 +193,36 @@ def test_log_probability_is_that_of_the_softmax():
     [
         ({"temperature": -0.5}, "temperature=-0.5: expected a finite number, 0 or more"),
         ({"temperature": float("nan")}, "temperature=nan: expected a finite number, 0 or more"),
-        ({"top_k": 0}, "top_k=0: expected None, or an integer from 1"),
-        ({"top_k": 2.0}, "top_k=2.0: expected None, or an integer from 1"),
+        ({"top_k": -2}, "top_k=-2: expected None, or an integer from -1"),
+        ({"top_k": 2.0}, "top_k=2.0: expected None, or an integer from -1"),
         ({"top_p": 0.0}, "top_p=0.0: expected a number in (0, 1]"),
         ({"top_p": 1.01}, "top_p=1.01: expected a number in (0, 1]"),
         ({"min_p": -0.1}, "min_p=-0.1: expected a number in [0, 1]"),
         ({"repetition_penalty": 0.0}, "repetition_penalty=0.0: expected a finite number above 0"),
-        ({"seed": -1}, "seed=-1: expected an integer in [0, 2^32)"),
-        ({"seed": 2**32}, "seed=4294967296: expected an integer in [0, 2^32)"),
+        ({"seed": -1}, "seed=-1: expected an integer in [0, 2^64)"),
+        ({"seed": 2**64}, "seed=18446744073709551616: expected an integer in [0, 2^64)"),
     ],
 )
 def test_a_wrong_parameter_is_named(values, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         Sampling(**values)
+
+
+def test_zero_and_minus_one_as_top_k_keep_all():
+    logits = random_logits(3)
+    every = choose(logits, [Sampling(temperature=1.0, seed=i) for i in range(3)])
+    for k in (0, -1):
+        np.testing.assert_array_equal(
+            choose(logits, [Sampling(temperature=1.0, top_k=k, seed=i) for i in range(3)]), every
+        )
+
+
+def test_seeds_have_64_bits():
+    """The lower half counts as JAX's own seeds do, and the upper half is not lost."""
+    logits = np.zeros((40, V), np.float32)
+    low, high = (choose(logits, [Sampling(temperature=1.0, seed=at + i) for i in range(40)]) for at in (0, 2**32))
+    for seed, drawn in enumerate(low):
+        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), 0)
+        assert drawn == jax.random.categorical(key, logits[0])
+    assert (low != high).sum() > 20
+    assert Sampling(seed=2**64 - 1).for_prompt(1).seed == 0

@@ -1,4 +1,6 @@
-from zamba2_jax.text.stream import TextStream
+from tokenizers import decoders
+
+from zamba2_jax.text.stream import UNFINISHED, TextStream
 
 
 def decode_bytes(tokens):
@@ -48,3 +50,70 @@ def test_a_character_begun_before_belongs_to_the_text():
         stream = TextStream(decode_bytes, before=data[:cut])
         given = "".join(stream.add(byte) for byte in data[cut:])
         assert data[:cut].decode(errors="ignore") + given == "né 日本"
+
+
+def test_a_stop_string_leaks_nothing_before_a_character_that_is_not_finished():
+    given, stream = pieces("A\n問".encode(), ["\n問"])
+    assert given == ["A", "", "", "", "", ""]
+    assert stream.stopped
+    assert stream.text == "A"
+
+
+def test_broken_bytes_keep_whole_characters_and_end():
+    """A decoder of byte tokens, as those of Llama's kind, gives up all bytes of a run that is no UTF-8."""
+    fallback = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+
+    def decode(tokens):
+        return fallback.decode([f"<0x{token:02X}>" for token in tokens])
+
+    stream = TextStream(decode)
+    data = "é".encode() + "日".encode()[:1]
+    assert [*map(stream.add, data), stream.end()] == ["", "é", "", UNFINISHED]
+    assert decode(data) == 3 * UNFINISHED
+    garbage, stream = b"\xff" * 50 + "日".encode(), TextStream(decode_bytes)
+    assert "".join([*map(stream.add, garbage), stream.end()]) == decode_bytes(garbage)
+
+
+SPECIAL = {200: "<|im_end|>", 201: "<x>"}
+
+
+def without_special(tokens):
+    return decode_bytes([token for token in tokens if token not in SPECIAL])
+
+
+def test_a_special_token_stops_though_it_is_not_in_the_text():
+    def run(tokens, stops):
+        stream = TextStream(without_special, stops, hidden=SPECIAL)
+        given = [stream.add(token) for token in tokens]
+        return given, stream
+
+    given, stream = run([*b"hi", 200], ["<|im_end|>"])
+    assert (given, stream.stopped, stream.text) == (["h", "i", ""], True, "hi")
+    # Also as part of a stop string; else it leaves no trace.
+    given, stream = run([*b"hi", 200, *b"\n"], ["<|im_end|>\n"])
+    assert (given, stream.stopped, stream.text) == (["h", "i", "", ""], True, "hi")
+    given, stream = run([*b"h<", 201, *b"i", 200, *b"!"], ["<|im_end|>\n"])
+    assert ("".join(given), stream.stopped) == ("h<i!", False)
+
+
+def test_the_work_is_linear():
+    """In the tokens that are decoded, and in the characters that are searched for stop strings."""
+    decoded = 0
+
+    def decode(tokens):
+        nonlocal decoded
+        decoded += len(tokens)
+        return decode_bytes(tokens)
+
+    def work(data):
+        nonlocal decoded
+        decoded, stream = 0, TextStream(decode, ["never there", "\n\n\n\n"])
+        for token in data:
+            stream.add(token)
+        assert stream.end() + stream.text  # all of it was given
+        return decoded
+
+    for text in (b"some words and more ", "日本語".encode(), b"\xff", b" ", b"\n\n\n."):
+        data = (text * 4000)[:4000]
+        assert work(data) < 12 * len(data)
+        assert work(data) <= 4.1 * work(data[:1000])

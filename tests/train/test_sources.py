@@ -1,3 +1,5 @@
+import codecs
+import gzip
 import json
 
 import numpy as np
@@ -5,10 +7,14 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from tests.text.kinds import KINDS
+from zamba2_jax.text.frame import frame_of
+from zamba2_jax.text.tokenizer import load_tokenizer
 from zamba2_jax.text.vocabulary import BOS, EOS, train_tokenizer
 from zamba2_jax.train import sources
 from zamba2_jax.train.corpus import prose, training_prose
 from zamba2_jax.train.sources import SourceConfig, open_documents, size_of, sources_at
+from zamba2_jax.train.tokenize import tokenize
 
 TEXTS = ["the cat and the hat", "déjà vu,\nthe bat \U0001f600", "and the rat"]
 
@@ -60,11 +66,95 @@ def test_a_directory_is_read_in_order_and_empty_texts_are_left_out(tokenizer, tm
         file.write("\n")
     write_parquet(tmp_path / "c.parquet", ["three"], field="body")
     (tmp_path / "README").write_text("no text")
-    found = sources_at(tmp_path, "body")
+    with pytest.warns(UserWarning, match=": README: not read as jsonl or parquet"):
+        found = sources_at(tmp_path, "body")
     assert found == [SourceConfig(kind=kind, path=str(tmp_path), field="body") for kind in ("jsonl", "parquet")]
-    texts = [texts_of(open_documents(config, tokenizer, vocab_size=270), tokenizer) for config in found]
+    with pytest.warns(UserWarning, match=r"README, a\.jsonl, b/1\.jsonl: not read as parquet"):
+        texts = [texts_of(open_documents(config, tokenizer, vocab_size=270), tokenizer) for config in found]
     assert texts == [["zero", "one", "two"], ["three"]]
     assert sources_at(tmp_path / "a.jsonl") == [SourceConfig(kind="jsonl", path=str(tmp_path / "a.jsonl"))]
+
+
+def write_zst(path, content):
+    with pyarrow.CompressedOutputStream(str(path), "zstd") as file:
+        file.write(content)
+
+
+LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
+FORMS = {
+    "a.ndjson": lambda path: path.write_bytes(LINES),
+    "a.jsonl.gz": lambda path: path.write_bytes(gzip.compress(LINES)),
+    "a.json.gz": lambda path: path.write_bytes(gzip.compress(LINES)),
+    "a.jsonl.zst": lambda path: write_zst(path, LINES),
+    "a.json": lambda path: path.write_text(json.dumps([{"text": text} for text in TEXTS], indent=1)),
+    "a.JSON": lambda path: path.write_bytes(LINES),
+    "a.jsonl": lambda path: path.write_bytes(codecs.BOM_UTF8 + LINES),
+}
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_json_in_all_its_forms(tokenizer, tmp_path, name):
+    FORMS[name](tmp_path / name)
+    for path in (tmp_path / name, tmp_path):
+        (config,), done = sources_at(path), []
+        documents = open_documents(config, tokenizer, vocab_size=270, progress=done.append)
+        assert texts_of(documents, tokenizer) == TEXTS
+        assert sum(done) == size_of(config)
+
+
+def test_texts_may_be_compressed_and_begin_with_a_byte_order_mark(tokenizer, tmp_path):
+    (tmp_path / "a.txt").write_bytes(codecs.BOM_UTF8 + TEXTS[0].encode())
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(TEXTS[1].encode()))
+    write_zst(tmp_path / "c.md.zst", TEXTS[2].encode())
+    (config,) = sources_at(tmp_path)
+    assert texts_of(open_documents(config, tokenizer, vocab_size=270), tokenizer) == TEXTS
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(TEXTS[1].encode())[:-9])
+    with pytest.raises(ValueError, match=r"b\.txt\.gz: cannot be decompressed"):
+        open_documents(config, tokenizer, vocab_size=270)
+
+
+def test_a_directory_names_what_is_not_read(tokenizer, tmp_path):
+    """Among it .json files that hold no texts, such as those of a tokenizer."""
+    write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    (tmp_path / "config.json").write_text('{"x": 1}')
+    (tmp_path / "b.csv").touch()
+    (tmp_path / ".hidden.jsonl").touch()
+    config = SourceConfig(kind="jsonl", path=str(tmp_path))
+    with pytest.warns(UserWarning, match=r": b\.csv, config\.json: not read as jsonl$"):
+        documents = open_documents(config, tokenizer, vocab_size=270)
+    assert texts_of(documents, tokenizer) == TEXTS
+
+
+@pytest.mark.parametrize("kind", ["chatml", "mistral, bare model", "fast, added tokens"])
+def test_every_source_has_the_ids_that_generation_is_fed(tmp_path, kind):
+    """But for the frame, whatever the source; names of special tokens are text unless it says otherwise."""
+    pytest.importorskip("sentencepiece", reason="needs the extra sentencepiece, which is not installed")
+    tokenizer = load_tokenizer(KINDS[kind](tmp_path / "tokenizer"))
+    texts = [" leading", "two  spaces\n", "né 日本語 🎉", "a<extra>b<|im_end|> c</s>", "x"]
+    write_text(tmp_path / "text", texts)
+    write_jsonl(tmp_path / "a.jsonl", texts)
+    write_parquet(tmp_path / "a.parquet", texts)
+    paths = {"text": tmp_path / "text", "jsonl": tmp_path / "a.jsonl", "parquet": tmp_path / "a.parquet"}
+    for special in (False, True):
+        fed = {
+            text: tokenizer.encode(text, add_special_tokens=False) if special else tokenizer.encode_batch([text])[0]
+            for text in texts
+        }
+        assert all(fed[text] == tokenizer.encode(text, add_special_tokens=False) for text in texts if "<" not in text)
+        found = {}
+        for name, path in paths.items():
+            config = SourceConfig(kind=name, path=str(path), special_tokens=special, bos="", eos="")
+            found[name] = open_documents(config, tokenizer, vocab_size=33_000)
+            assert sorted(map(tuple, found[name])) == sorted(map(tuple, fed.values()))
+        output = tmp_path / f"tokens-{special}"
+        sources = sources_at(paths["jsonl"], special_tokens=special, bos="", eos="")
+        tokenize(sources, output, tmp_path / "tokenizer", processes=1, shard_tokens=99, progress=lambda size: None)
+        of_files = open_documents(SourceConfig(kind="tokens", path=str(output)), tokenizer, vocab_size=33_000)
+        assert [tuple(row) for row in of_files] == [tuple(fed[text]) for text in texts]
+        framed = open_documents(SourceConfig(kind="jsonl", path=str(paths["jsonl"])), tokenizer, vocab_size=33_000)
+        begin, end = frame_of(tokenizer)
+        assert tuple(framed[0]) == (*begin, *tokenizer.encode(" leading", add_special_tokens=False), *end)
+    assert tokenizer.encode(texts[3], add_special_tokens=False) != tokenizer.encode_batch([texts[3]])[0]
 
 
 def test_embedded_prose_leaves_out_what_is_held_out(tokenizer):
@@ -91,6 +181,7 @@ BAD_FILES = {
             r"line 3: .* named 'text', not \{'body': 'y'\}",
         ),
         (lambda path: path.write_text('{"text": 5}'), r"line 1: expected an object with a text"),
+        (lambda path: path.write_text('{"text": "x"}\n{"text": "\\ud800"}'), r"line 2: half of a surrogate pair"),
         (lambda path: path.write_text("[1]"), r"line 1: .*not \[1\]"),
         (lambda path: path.write_bytes(b'{"text": "x"}\n{"text": "\xff"}'), r"a\.jsonl, line 2: not UTF-8"),
     ],
@@ -115,7 +206,7 @@ def test_bad_files(tokenizer, tmp_path, name, write, message):
 
 def test_tokens_outside_the_vocabulary_are_named(tokenizer, tmp_path):
     write_jsonl(tmp_path / "a.jsonl", ["x", "the"])
-    (the,) = tokenizer.encode("the").ids
+    (the,) = tokenizer.encode("the", add_special_tokens=False)
     with pytest.raises(
         ValueError, match=rf"a\.jsonl, line 2: token id {the} is outside the vocabulary of {the} tokens"
     ):
@@ -135,6 +226,10 @@ def test_more_text_than_fits_is_refused_unread(tokenizer, tmp_path, monkeypatch)
         ({"kind": "csv", "path": "x"}, "kind='csv': expected one of text, jsonl"),
         ({"kind": "text"}, "kind='text' with path=None: expected a file or a directory"),
         ({"kind": "prose", "path": "x"}, "kind='prose' with path='x': expected none"),
+        (
+            {"kind": "tokens", "path": "x", "eos": ""},
+            "kind='tokens' with eos='': expected none, it is tokenized",
+        ),
     ],
 )
 def test_bad_configs(arguments, message):

@@ -106,7 +106,7 @@ def test_answers_follow_from_what_stands_before_them_and_carry_the_weights(task,
         seen.update(tokens)
         lengths.add(len(tokens))
     assert not seen & special
-    assert max(seen) < tokenizer.get_vocab_size()
+    assert max(seen) < tokenizer.vocab_size
     assert len(lengths) > 2
     # As many in a row as find room.
     used = [(row.segment_ids != 0).sum() for row in (rows[i] for i in range(40))]

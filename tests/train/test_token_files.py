@@ -9,8 +9,7 @@ from tokenizers.models import WordLevel
 from zamba2_jax.train import token_files
 from zamba2_jax.train.data import batches
 from zamba2_jax.train.documents import in_memory
-from zamba2_jax.train.sources import SourceConfig, open_documents
-from zamba2_jax.train.token_files import write_token_files
+from zamba2_jax.train.token_files import open_token_files, write_token_files
 
 
 def words(size):
@@ -35,7 +34,7 @@ def directory(documents, tmp_path):
 
 
 def opened(path, tokenizer=None, vocab_size=50):
-    return open_documents(SourceConfig(kind="tokens", path=str(path)), tokenizer, vocab_size=vocab_size)
+    return open_token_files(path, tokenizer, vocab_size=vocab_size)
 
 
 def test_documents_are_read_as_written(documents, directory):

@@ -77,9 +77,12 @@ def test_no_tokenizer(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("x")
     words = ["tokenize", "--input", str(tmp_path), "--output", str(tmp_path / "out"), "--tokenizer"]
     for content, message in (
-        (None, "tokenizer.json: no such file"),
-        ("{}", "tokenizer.json is no tokenizer.json"),
-        (json.dumps({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}), "its special tokens are {}"),
+        (None, "has no tokenizer: expected tokenizer.json or tokenizer.model"),
+        ("{}", "tokenizer.json is not a valid tokenizer"),
+        (
+            json.dumps({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "added_tokens": []}),
+            "the tokenizer names no eos_token: expected one in tokenizer_config.json beside it, or the option eos",
+        ),
     ):
         if content:
             (tmp_path / "tokenizer.json").write_text(content)

@@ -1,6 +1,7 @@
 """Hugging Face checkpoints: any published layout in, the current one out."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -9,19 +10,18 @@ import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
 from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from zamba2_jax.checkpoint.hub import local_directory
 from zamba2_jax.checkpoint.layout import Tensor, ignored, tensors
 from zamba2_jax.config import Zamba2Config
+from zamba2_jax.files import read_json
 from zamba2_jax.model.parameter import named_parameters, with_values
 from zamba2_jax.model.zamba2 import Zamba2
 from zamba2_jax.sharding import check_mesh, parameter_sharding
@@ -37,6 +37,8 @@ _FLOATS: dict[str, np.dtype] = {
     "BF16": jnp.dtype("bfloat16"),
 }
 _BLOCK = 1 << 24  # bytes of a file that are in memory at a time
+_SAMPLE = 4096  # bytes of a tensor that a fingerprint reads in two places
+_EMBEDDING = "embed_tokens.weight"
 
 
 def load_hf(source: str | os.PathLike[str], *, dtype: DTypeLike | None = None, mesh: Mesh | None = None) -> Zamba2:
@@ -183,38 +185,21 @@ def _place(parameter: nnx.Param, read: _Reader, mesh: Mesh | None) -> jax.Array:
     return jax.make_array_from_callback(parameter.shape, sharding, lambda index: read(index or ()))
 
 
-def local_directory(source: str | os.PathLike[str]) -> Path:
-    """The directory of a checkpoint, fetched from the hub if `source` is a repository.
-
-    Raises:
-        FileNotFoundError: there is no such directory or repository.
-    """
-    if Path(source).is_dir():
-        return Path(source)
-    repository = os.fspath(source)
-    try:
-        validate_repo_id(repository)
-    except HFValidationError:
-        raise FileNotFoundError(f"{repository} is neither a directory nor the id of a hub repository") from None
-    try:
-        patterns = ["*.json", "*.safetensors", "tokenizer*", "*.jinja"]
-        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
-    except OSError as error:  # every error of the hub is one: offline, not found, no access
-        raise FileNotFoundError(
-            f"{repository} is not a directory here, is not in the local hub cache, and could not be fetched from the "
-            f"hub (offline, or no such repository?): {error}"
-        ) from error
-
-
 def find_entries(directory: Path) -> dict[str, Entry]:
-    """Every tensor of a checkpoint, from the headers of its files.
+    """Every tensor of a checkpoint, from the headers of its files, by its name in the model's table.
+
+    What all names have in front of those of the table, as "module." or "_orig_mod.", is left out; where all lack
+    "model.", but for the head, it is put there.
 
     Raises:
         FileNotFoundError: there are no weights.
-        ValueError: they are pickles, or a file is not valid.
+        ValueError: they are pickles, or a file is not valid, or an index names other weights than the single file.
     """
     if (directory / INDEX).is_file():
         files = _indexed_files(directory)
+        single = directory / WEIGHTS
+        if single.is_file() and single not in files and _digest([single]) != _digest(files):
+            raise ValueError(f"{directory} holds {WEIGHTS} and an {INDEX} of other weights: expected one of the two")
     elif (directory / WEIGHTS).is_file():
         files = [directory / WEIGHTS]
     else:
@@ -237,12 +222,60 @@ def find_entries(directory: Path) -> dict[str, Entry]:
                     entries[name] = Entry(name, file, tuple(view.get_shape()), view.get_dtype())
         except SafetensorError as error:
             raise ValueError(f"{file} is not a valid safetensors file: {error}") from error
-    return entries
+    return _without_prefix(entries)
+
+
+def _without_prefix(entries: dict[str, Entry]) -> dict[str, Entry]:
+    """Tensors by their names without what stands before all of them."""
+    found = [name for name in entries if name.endswith(_EMBEDDING)]
+    if len(found) != 1 or found[0] == f"model.{_EMBEDDING}":
+        return entries
+    prefix = found[0].removesuffix(_EMBEDDING).removesuffix("model.")
+    if not all(name.startswith(prefix) for name in entries):
+        return entries
+    renamed = {name.removeprefix(prefix): entry for name, entry in entries.items()}
+    if _EMBEDDING in renamed:
+        renamed = {name if name.startswith("lm_head.") else f"model.{name}": entry for name, entry in renamed.items()}
+    return renamed
+
+
+def fingerprint(directory: Path) -> str:
+    """A hash of a checkpoint: of its config.json, and of names, shapes, dtypes and some of the values of its tensors.
+
+    Of each tensor the first and the middle values count, which takes milliseconds, and tells trained models apart.
+
+    Raises:
+        FileNotFoundError, ValueError: as `find_entries`.
+    """
+    files = sorted({entry.file for entry in find_entries(directory).values()})
+    return hashlib.sha256((directory / "config.json").read_bytes() + _digest(files).encode()).hexdigest()
+
+
+def _digest(files: list[Path]) -> str:
+    """A hash of the tensors in some files, which does not depend on how they are spread over these."""
+    tensors: list[str] = []
+    for file in files:
+        with file.open("rb") as content:
+            try:
+                header = json.loads(content.read(int.from_bytes(content.read(8), "little")))
+            except ValueError as error:
+                raise ValueError(f"{file} is not a valid safetensors file: {error}") from error
+            begin = content.tell()
+            for name, value in header.items():
+                if name == "__metadata__":
+                    continue
+                start, end = value["data_offsets"]
+                sample = b""
+                for place in (start, (start + end) // 2):
+                    content.seek(begin + place)
+                    sample += content.read(min(_SAMPLE, end - place))
+                tensors.append(f"{name} {value['dtype']} {value['shape']} {hashlib.sha256(sample).hexdigest()}")
+    return hashlib.sha256("\n".join(sorted(tensors)).encode()).hexdigest()
 
 
 def _indexed_files(directory: Path) -> list[Path]:
     try:
-        names = sorted(set(json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(read_json(directory / INDEX)["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{directory / INDEX} is not a valid index: {error!r}") from error
     for name in names:
@@ -276,7 +309,7 @@ def match(config: Zamba2Config, entries: dict[str, Entry]) -> tuple[list[tuple[T
             differing = [name for name in copies if not _equal(entries[name], entry)]
             problems += [f"{name}: differs from {entry.name}, to which it is tied" for name in differing]
     extra = sorted(name for name in set(entries) - used if not ignored(config, name))
-    return found, problems + [f"{name}: unexpected" for name in extra]
+    return found, problems + [f"{entries[name].name}: unexpected" for name in extra]
 
 
 def _equal(first: Entry, second: Entry) -> bool:

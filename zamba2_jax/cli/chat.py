@@ -12,6 +12,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from zamba2_jax.cli.options import ModelOptions
+from zamba2_jax.files import read_text
 
 if TYPE_CHECKING:
     from zamba2_jax.generate.chat import Conversation
@@ -32,6 +33,8 @@ class Chat(ModelOptions):
     """A message that stands before the conversation, by the role "system"."""
     template: Path | None = None
     """File with a Jinja chat template, in place of that of the checkpoint."""
+    special_tokens_as_text: bool = False
+    """Names of special tokens in what you say stay text, in place of becoming these tokens."""
     max_new_tokens: int = 512
     """Most tokens of an answer."""
 
@@ -50,7 +53,7 @@ class Chat(ModelOptions):
         checkpoint = self.open()
         tokenizer = checkpoint.tokenizer()
         if self.template is not None:
-            tokenizer = dataclasses.replace(tokenizer, chat_template=self.template.read_text(encoding="utf-8"))
+            tokenizer = dataclasses.replace(tokenizer, chat_template=read_text(self.template))
         before = [] if self.system is None else [{"role": "system", "content": self.system}]
         tokenizer.render([*before, {"role": "user", "content": "?"}])  # what it does not take, it says before the start
         conversation = Conversation(
@@ -59,6 +62,7 @@ class Chat(ModelOptions):
             stop_tokens=checkpoint.stop_tokens(tokenizer),
             system=self.system,
             capacity=self.capacity,
+            special_tokens=not self.special_tokens_as_text,
         )
         if importlib.util.find_spec("readline"):
             importlib.import_module("readline")  # lets `input` edit lines and go back to earlier ones

@@ -21,10 +21,9 @@ from zamba2_jax.config import Zamba2Config
 from zamba2_jax.files import write_atomically, write_json
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
     from zamba2_jax.evaluate import Necessity
     from zamba2_jax.model import Zamba2
+    from zamba2_jax.text.tokenizer import Tokenizer
     from zamba2_jax.train.corpus import TokenizedCorpus
     from zamba2_jax.train.data import Source
     from zamba2_jax.train.metrics import Record
@@ -249,15 +248,11 @@ class Demo:
     def _write(self, model: Zamba2, tokenizer: Tokenizer, console: Console) -> None:
         """Continues the prompts, on the terminal and in samples.txt."""
         from zamba2_jax.generate import Sampling, generate
-        from zamba2_jax.text.vocabulary import BOS, EOS
 
-        prompts = [[BOS, *tokenizer.encode(prompt).ids] for prompt in self._prompts]
         sampling = Sampling(temperature=self.temperature, seed=self.seed)
-        continuations = generate(model, prompts, self.new_tokens, sampling, stop_tokens=[EOS])
-        texts = [
-            prompt + tokenizer.decode(tokens)  # EOS, which may be last, is left out as a special token
-            for prompt, tokens in zip(self._prompts, continuations, strict=True)
-        ]
+        ends = tokenizer.end_tokens
+        continuations = generate(model, self._prompts, self.new_tokens, sampling, tokenizer=tokenizer, stop_tokens=ends)
+        texts = [prompt + continuation for prompt, continuation in zip(self._prompts, continuations, strict=True)]
         for prompt, text in zip(self._prompts, texts, strict=True):
             console.print()
             console.print(prompt, style="bold", markup=False, end="", soft_wrap=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import sys
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 from rich.console import Console
@@ -17,17 +18,18 @@ from zamba2_jax.cli.several import Several, values
 
 if TYPE_CHECKING:
     from zamba2_jax.generate.batch import Job
-    from zamba2_jax.text.tokenizer import CheckpointTokenizer
+    from zamba2_jax.text.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Generate(ModelOptions):
     """Continue prompts with a model.
 
-    Prompts come with --prompt, or from --input as JSON lines: {"prompt": "..."} or {"tokens": [...]}, and where a line
-    needs it "id", "max_new_tokens", "stop", "temperature", "top_k", "top_p", "min_p", "repetition_penalty" or "seed".
-    Prompt i has the seed after --seed by i. Results are text for --prompt, and else JSON lines with the ids, as they
-    are done, which need not be the order of the prompts.
+    Prompts come with --prompt, or from --input as JSON lines: {"prompt": "..."}, {"tokens": [...]}, or, for the chat
+    template, {"messages": [{"role": "user", "content": "..."}]}; and where a line needs it "id", "max_new_tokens",
+    "stop", "temperature", "top_k", "top_p", "min_p", "repetition_penalty" or "seed". Prompt i has the seed after --seed
+    by i. Results are text for --prompt, and else JSON lines with the ids, as they are done, which need not be the order
+    of the prompts.
     """
 
     prompt: Annotated[Several[str], tyro.conf.arg(metavar="TEXT ...")] = ()
@@ -37,13 +39,16 @@ class Generate(ModelOptions):
     output: Path | None = None
     """New file for results in JSON lines; standard output by default."""
     resume: bool = False
-    """Go on with the output of a job that was broken off: prompts whose results are there are left out."""
+    """Go on with the output of a job that was broken off: prompts whose results are there are left out. A job of
+    another model or other settings is refused."""
     stream: bool = False
     """Print every token of a --prompt as it comes, one prompt after the other."""
     max_new_tokens: int = 128
     """Most tokens to add."""
     stop: Annotated[Several[str], tyro.conf.arg(metavar="TEXT ...")] = ()
     """A continuation ends before the first of these."""
+    special_tokens_as_text: bool = False
+    """Names of special tokens within "messages" stay text, in place of becoming these tokens."""
     ignore_eos: bool = False
     """Go on after the token that ends a text."""
     logprobs: bool = False
@@ -85,7 +90,7 @@ class Generate(ModelOptions):
         if self.slots < 1:
             raise ValueError(f"--slots {self.slots}: expected at least 1")
 
-    def _tokenizer(self, checkpoint: Checkpoint) -> CheckpointTokenizer | None:
+    def _tokenizer(self, checkpoint: Checkpoint) -> Tokenizer | None:
         """The tokenizer, which token ids in a file can do without."""
         try:
             return checkpoint.tokenizer()
@@ -94,7 +99,7 @@ class Generate(ModelOptions):
                 raise
             return None
 
-    def _jobs(self, checkpoint: Checkpoint, tokenizer: CheckpointTokenizer | None) -> list[Job]:
+    def _jobs(self, checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> list[Job]:
         from zamba2_jax.generate.batch import make_job, read_jobs
         from zamba2_jax.generate.engine import Request
 
@@ -106,7 +111,14 @@ class Generate(ModelOptions):
             return [make_job(line, i, defaults, tokenizer, vocab_size, self.capacity) for i, line in enumerate(lines)]
 
         def read(lines: Iterable[bytes]) -> list[Job]:
-            return read_jobs(lines, defaults, tokenizer=tokenizer, vocab_size=vocab_size, capacity=self.capacity)
+            return read_jobs(
+                lines,
+                defaults,
+                tokenizer=tokenizer,
+                vocab_size=vocab_size,
+                capacity=self.capacity,
+                special_tokens=not self.special_tokens_as_text,
+            )
 
         assert self.input is not None
         if str(self.input) == "-":
@@ -114,7 +126,7 @@ class Generate(ModelOptions):
         with self.input.open("rb") as file:
             return read(file)
 
-    def _print(self, checkpoint: Checkpoint, jobs: list[Job], tokenizer: CheckpointTokenizer | None) -> None:
+    def _print(self, checkpoint: Checkpoint, jobs: list[Job], tokenizer: Tokenizer | None) -> None:
         """Prints each prompt with its continuation, in the order of the prompts."""
         from zamba2_jax.generate.batch import make_engine, run_jobs
         from zamba2_jax.generate.engine import Token
@@ -138,13 +150,43 @@ class Generate(ModelOptions):
                 show(texts[job.id])
             show("\n")
 
-    def _write(self, checkpoint: Checkpoint, jobs: list[Job], tokenizer: CheckpointTokenizer | None) -> int:
+    def _settings(self, checkpoint: Checkpoint, jobs: list[Job], tokenizer: Tokenizer | None) -> dict[str, Any]:
+        """What the results depend on."""
+        from zamba2_jax.checkpoint.hf import fingerprint
+        from zamba2_jax.generate.batch import settings_of
+
+        texts = None if tokenizer is None else hashlib.sha256(tokenizer.backend.to_str().encode()).hexdigest()
+        return settings_of(
+            jobs,
+            model={"name": self.model, "fingerprint": fingerprint(checkpoint.directory)},
+            dtype=checkpoint.compute_dtype(),
+            tokenizer=None if texts is None else {"fingerprint": texts},
+            max_new_tokens=self.max_new_tokens,
+            **dataclasses.asdict(self.sampling()),
+            stop=values(self.stop),
+            stop_tokens=() if self.ignore_eos else checkpoint.stop_tokens(tokenizer),
+            special_tokens_as_text=self.special_tokens_as_text,
+            logprobs=self.logprobs,
+        )
+
+    def _write(self, checkpoint: Checkpoint, jobs: list[Job], tokenizer: Tokenizer | None) -> int:
         """Writes results as they are done."""
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-        from zamba2_jax.generate.batch import find_results, make_engine, open_results, result, run_jobs, write_result
+        from zamba2_jax.generate.batch import (
+            check_settings,
+            find_results,
+            make_engine,
+            open_results,
+            result,
+            run_jobs,
+            write_result,
+        )
 
-        finished = set() if self.output is None else find_results(self.output, jobs, resume=self.resume)
+        finished: set[str | int] = set()
+        if self.output is not None:
+            finished = find_results(self.output, jobs, resume=self.resume)
+            check_settings(self.output, self._settings(checkpoint, jobs, tokenizer), finished)
         left = [job for job in jobs if job.id not in finished]
         console = Console(stderr=True)
         visible = console.is_terminal and (self.output is not None or not sys.stdout.isatty())

@@ -95,7 +95,6 @@ class Inspect:
         return held_out(first, batch_size=size, length=self.seq)[: -(-rows // size)]
 
     def _documents(self, checkpoint: Checkpoint) -> Documents:
-        from zamba2_jax.text.vocabulary import parse_tokenizer
         from zamba2_jax.train.documents import in_memory
         from zamba2_jax.train.sources import EMBEDDED, SourceConfig, open_documents, sources_at
         from zamba2_jax.train.token_files import MANIFEST
@@ -103,7 +102,7 @@ class Inspect:
         path, vocab_size = Path(self.data), checkpoint.config.vocab_size
         if (path / MANIFEST).is_file():
             return open_documents(SourceConfig(kind="tokens", path=self.data), None, vocab_size=vocab_size)
-        tokenizer = parse_tokenizer(checkpoint.tokenizer().backend.to_str())
+        tokenizer = checkpoint.tokenizer()
         if self.data == HELD_OUT:
             sources = [SourceConfig(kind="held_out_prose")]
         elif self.data in EMBEDDED:

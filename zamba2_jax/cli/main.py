@@ -1,10 +1,14 @@
 """The console command `zamba2`."""
 
+import contextlib
 import dataclasses
 import importlib
+import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import tyro
 
@@ -53,6 +57,8 @@ COMMANDS = {
 def main(args: Sequence[str] | None = None) -> int:
     """Runs the command line and returns the exit code: 2 for bad arguments or files, with a line that says why.
 
+    A reader that closes the pipe, as `head` does, ends it without a word, with the code that shells give for that.
+
     Args:
         args: the words after `zamba2`; those of the process by default.
     """
@@ -62,13 +68,35 @@ def main(args: Sequence[str] | None = None) -> int:
         command: Command = tyro.extras.subcommand_cli_from_dict(
             choices, prog="zamba2", description="Zamba2 in JAX.", args=words
         )
-        return command.run()
+        with _plain_warnings():
+            return command.run()
+    except BrokenPipeError:
+        # What is still to be written would be an error again when Python ends.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except (ValueError, OSError) as error:
         print(f"zamba2: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("zamba2: interrupted", file=sys.stderr)
         return 130
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Has warnings of this package shown as a line, without a place in its code."""
+    package, otherwise = os.path.dirname(os.path.dirname(__file__)), warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], filename: str, *rest: Any, **options: Any) -> None:
+        if filename.startswith(package):
+            print(f"zamba2: warning: {message}", file=sys.stderr)
+        else:
+            otherwise(message, category, filename, *rest, **options)
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 def _constructor(entry: Entry, *, chosen: bool) -> Callable[..., Command]:

@@ -14,7 +14,7 @@ from zamba2_jax.config import Zamba2Config
 if TYPE_CHECKING:
     from zamba2_jax.generate.sampling import Sampling
     from zamba2_jax.model.zamba2 import Zamba2
-    from zamba2_jax.text.tokenizer import CheckpointTokenizer
+    from zamba2_jax.text.tokenizer import Tokenizer
 
 Dtype = Literal["auto", "stored", "float32", "bfloat16"]
 
@@ -30,7 +30,7 @@ class ModelOptions:
     temperature: float = 0.0
     """Tokens are drawn at this temperature; 0 takes the likeliest."""
     top_k: int | None = None
-    """Draw from this many of the likeliest tokens."""
+    """Draw from this many of the likeliest tokens; 0 or -1 is all of them."""
     top_p: float = 1.0
     """Draw from the fewest of the likeliest tokens that have this share of the probability."""
     min_p: float = 0.0
@@ -77,28 +77,34 @@ class Checkpoint:
     config: Zamba2Config
     dtype: Dtype
 
-    def tokenizer(self) -> CheckpointTokenizer:
+    def tokenizer(self) -> Tokenizer:
         """Its tokenizer; raises as `load_tokenizer`."""
         from zamba2_jax.text.tokenizer import load_tokenizer
 
-        return load_tokenizer(self.directory, self.config)
+        return load_tokenizer(self.directory)
 
-    def stop_tokens(self, tokenizer: CheckpointTokenizer | None) -> tuple[int, ...]:
-        """The ids that end a text."""
+    def stop_tokens(self, tokenizer: Tokenizer | None) -> tuple[int, ...]:
+        """The ids that end a text, as far as the model knows them."""
         from zamba2_jax.text.tokenizer import stop_tokens
 
-        return stop_tokens(self.directory, self.config, tokenizer)
+        ends = stop_tokens(self.directory) if tokenizer is None else tokenizer.end_tokens
+        return tuple(id_ for id_ in ends if id_ < self.config.vocab_size)
 
     def load(self) -> Zamba2:
         """The model; raises as `load_hf`. What is compiled from here on is kept for the next time."""
-        import jax
-
         from zamba2_jax.checkpoint.hf import load_hf
 
         keep_compiled_programs()
-        on_cpu = jax.default_backend() == "cpu"
-        dtype = ("float32" if on_cpu else "stored") if self.dtype == "auto" else self.dtype
+        dtype = self.compute_dtype()
         return load_hf(self.directory, dtype=None if dtype == "stored" else dtype)
+
+    def compute_dtype(self) -> Dtype:
+        """What "auto" means on this machine."""
+        import jax
+
+        if self.dtype != "auto":
+            return self.dtype
+        return "float32" if jax.default_backend() == "cpu" else "stored"
 
 
 def keep_compiled_programs() -> None:

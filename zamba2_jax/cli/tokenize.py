@@ -15,22 +15,29 @@ from zamba2_jax.cli.several import Several, values
 class Tokenize:
     """Turn texts into token files to train on.
 
-    Reads files of text (.txt, .md: a document each), JSON lines (.jsonl: a document a line) and parquet (.parquet: a
-    document a row), and writes a directory of ArrayRecord shards with a manifest: all of it, or, on an error, nothing.
+    Reads files of text (.txt, .md: a document each), JSON lines (.jsonl, .ndjson, .json: a document a line, or an entry
+    of a list), compressed too (.gz, .zst), and parquet (.parquet: a document a row), and writes a directory of
+    ArrayRecord shards with a manifest: all of it, or, on an error, nothing.
     """
 
     input: Annotated[Several[Path], tyro.conf.arg(metavar="PATH ...")]
     """Files, or directories of which all such files are read."""
     output: Path
     """Directory to write: new or empty."""
-    tokenizer: Path
-    """A tokenizer.json, or a directory that holds one."""
+    tokenizer: Annotated[str, tyro.conf.arg(metavar="PATH_OR_REPO")]
+    """A tokenizer.json, a sentencepiece model, a directory that holds one, or a name on the Hugging Face hub."""
     processes: int = os.cpu_count() or 1
     """Processes that tokenize."""
     shard_tokens: int = 2**26
     """Tokens after which a shard is closed."""
     field: str = "text"
     """What holds the text in JSON lines and parquet."""
+    bos: str | None = None
+    """Text of the token before every document, "" for none; by default the tokenizer's, if it has one."""
+    eos: str | None = None
+    """Text of the token after every document, "" for none; by default the tokenizer's."""
+    special_tokens: bool = False
+    """Names of special tokens in a text become these tokens, in place of the text they are."""
 
     def run(self) -> int:
         """Tokenizes and prints what it wrote; returns 0.
@@ -44,7 +51,11 @@ class Tokenize:
         from zamba2_jax.train.sources import size_of, sources_at
         from zamba2_jax.train.tokenize import tokenize
 
-        sources = [source for path in values(self.input) for source in sources_at(path, self.field)]
+        sources = [
+            source
+            for path in values(self.input)
+            for source in sources_at(path, self.field, bos=self.bos, eos=self.eos, special_tokens=self.special_tokens)
+        ]
         if not sources:
             raise ValueError("--input is empty: expected a file or a directory")
         console = Console(highlight=False)

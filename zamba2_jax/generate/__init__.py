@@ -5,7 +5,6 @@ from zamba2_jax.generate.decode import decode_step, prefill
 from zamba2_jax.generate.engine import Completion, Engine, Prefix, Request, Token
 from zamba2_jax.generate.sampling import Sampling
 from zamba2_jax.generate.score import score
-from zamba2_jax.text.tokenizer import load_tokenizer
 
 __all__ = [
     "Completion",
@@ -16,7 +15,6 @@ __all__ = [
     "Token",
     "decode_step",
     "generate",
-    "load_tokenizer",
     "prefill",
     "score",
     "stream",

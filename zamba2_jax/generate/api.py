@@ -8,7 +8,7 @@ from zamba2_jax.generate.decode import check_tokens
 from zamba2_jax.generate.engine import Completion, Engine, Event, Request
 from zamba2_jax.generate.sampling import GREEDY, Sampling
 from zamba2_jax.model.zamba2 import Zamba2
-from zamba2_jax.text.stream import Tokenizer, token_lists
+from zamba2_jax.text.stream import TokenizerLike, token_lists
 
 Prompt = TypeVar("Prompt", str, Sequence[int])
 
@@ -19,7 +19,7 @@ def generate(
     max_new_tokens: int,
     sampling: Sampling | Sequence[Sampling] = GREEDY,
     *,
-    tokenizer: Tokenizer | None = None,
+    tokenizer: TokenizerLike | None = None,
     stop_tokens: Sequence[int] = (),
     stop_strings: Sequence[str] = (),
     prefix: Sequence[int] = (),
@@ -59,7 +59,7 @@ def stream(
     max_new_tokens: int,
     sampling: Sampling | Sequence[Sampling] = GREEDY,
     *,
-    tokenizer: Tokenizer | None = None,
+    tokenizer: TokenizerLike | None = None,
     stop_tokens: Sequence[int] = (),
     stop_strings: Sequence[str] = (),
     prefix: Sequence[int] = (),
@@ -84,7 +84,7 @@ def _engine_with(
     prompts: Sequence[Prompt],
     max_new_tokens: int,
     sampling: Sampling | Sequence[Sampling],
-    tokenizer: Tokenizer | None,
+    tokenizer: TokenizerLike | None,
     stop_tokens: Sequence[int],
     stop_strings: Sequence[str],
     prefix: Sequence[int],
@@ -104,8 +104,7 @@ def _engine_with(
         for row, how in zip(rows, sampling, strict=True)
     ]
     before = len(check_tokens(prefix, vocab_size, "prefix")) if len(prefix) else 0
-    decode = None if tokenizer is None else tokenizer.decode
-    engine = Engine.for_requests(model, requests, slots=slots, before=before, decode=decode)
+    engine = Engine.for_requests(model, requests, slots=slots, before=before, tokenizer=tokenizer)
     for request in requests:
         engine.check(request)
     taken = engine.prefix(prefix) if before else None

@@ -1,25 +1,31 @@
 """Many prompts, from JSON lines to JSON lines, in a job that can be broken off and taken up again.
 
-A line in is an object with "prompt", a string, or "tokens", token ids; and whichever it needs of "id",
-"max_new_tokens", "stop" (a string or several) and the fields of `Sampling`. A line out has "id", "prompt" (as it was
-given), "text" (with a tokenizer), "tokens", "finish", and "logprobs" if asked for. Lines come out as they are done, not
-in the order they went in: that is what ids are for.
+A line in is an object with "prompt", a string, or "messages", a chat, or "tokens", token ids; and whichever it needs of
+"id", "max_new_tokens", "stop" (a string or several) and the fields of `Sampling`; null is as if a key were not there. A
+line out has "id", "prompt" or "messages" (as it was given; of token ids "prompt" too), "text" (with a tokenizer),
+"tokens", "finish", and "logprobs" if asked for. Lines come out as they are done, not in the order they went in: that is
+what ids are for. Beside the results stands what they were made with, so that no other job goes on in their file.
 """
 
+import codecs
 import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
+from zamba2_jax.files import read_json, write_json
 from zamba2_jax.generate.decode import check_tokens
 from zamba2_jax.generate.engine import Completion, Engine, Request
 from zamba2_jax.generate.sampling import Sampling
 from zamba2_jax.model.zamba2 import Zamba2
-from zamba2_jax.text.stream import Tokenizer, token_lists
+from zamba2_jax.text.stream import TokenizerLike, has_lone_surrogate, token_lists
+from zamba2_jax.text.tokenizer import Tokenizer
 
 _SAMPLING = {field.name for field in dataclasses.fields(Sampling)}
-_KEYS = {"id", "prompt", "tokens", "max_new_tokens", "stop", *_SAMPLING}
+_PROMPTS = ("prompt", "messages", "tokens")
+_OWN = {"max_new_tokens", "stop", *_SAMPLING}
+_KEYS = {"id", *_PROMPTS, *_OWN}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,32 +34,42 @@ class Job:
 
     Attributes:
         id: given, or the index of the line among those that are not blank.
-        prompt: as it was given.
+        prompt: as it was given: a text, the messages of a chat, or token ids.
         request: with the prompt's tokens.
+        own: settings of the line's own.
     """
 
     id: str | int
-    prompt: str | Sequence[int]
+    prompt: str | Sequence[Any]
     request: Request
+    own: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The prompt as it stands in a result."""
+        chat = not isinstance(self.prompt, str) and isinstance(next(iter(self.prompt), None), Mapping)
+        return {"messages" if chat else "prompt": self.prompt}
 
 
 def read_jobs(
     lines: Iterable[bytes],
     defaults: Request,
     *,
-    tokenizer: Tokenizer | None,
+    tokenizer: TokenizerLike | None,
     vocab_size: int,
     capacity: int | None = None,
+    special_tokens: bool = True,
 ) -> list[Job]:
     """The jobs that lines describe. Blank lines are passed over.
 
     Args:
-        lines: JSON objects in UTF-8.
+        lines: JSON objects in UTF-8; the first may begin with a byte order mark.
         defaults: for what a line leaves out. Job i has the seed after it by i, so that a prompt given twice is
             continued in two ways.
-        tokenizer: for prompts that are strings.
+        tokenizer: for prompts that are strings; for chats one with a chat template.
         vocab_size: ids are below it.
         capacity: most tokens of a prompt and its continuation.
+        special_tokens: whether names of special tokens within the messages of a chat become these tokens.
 
     Raises:
         ValueError: a line is not valid; the message begins with its number. Or there is none.
@@ -61,10 +77,11 @@ def read_jobs(
     jobs: list[Job] = []
     numbers: dict[str | int, int] = {}
     for number, line in enumerate(lines, 1):
+        line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
         if not line.strip():
             continue
         try:
-            job = make_job(_object(line), len(jobs), defaults, tokenizer, vocab_size, capacity)
+            job = make_job(_object(line), len(jobs), defaults, tokenizer, vocab_size, capacity, special_tokens)
             if job.id in numbers:
                 raise ValueError(f"id {job.id!r} is that of line {numbers[job.id]} too")
         except ValueError as error:
@@ -80,9 +97,10 @@ def make_job(
     line: Mapping[str, Any],
     index: int,
     defaults: Request,
-    tokenizer: Tokenizer | None,
+    tokenizer: TokenizerLike | None,
     vocab_size: int,
     capacity: int | None,
+    special_tokens: bool = True,
 ) -> Job:
     """The job that an object describes; see `read_jobs`.
 
@@ -92,10 +110,11 @@ def make_job(
     unknown = sorted(set(line) - _KEYS)
     if unknown:
         raise ValueError(f"key {unknown[0]!r} is unknown, expected some of {', '.join(sorted(_KEYS))}")
+    line = {key: value for key, value in line.items() if value is not None}
     name = line.get("id", index)
     if not isinstance(name, str | int) or isinstance(name, bool):
         raise ValueError(f"id={name!r}: expected a string or an integer")
-    prompt, tokens = _prompt(line, tokenizer, vocab_size)
+    prompt, tokens = _prompt(line, tokenizer, vocab_size, special_tokens)
     sampling = defaults.sampling.for_prompt(index)
     request = dataclasses.replace(
         defaults,
@@ -110,11 +129,11 @@ def make_job(
         raise ValueError(
             f"{len(tokens)} tokens and {request.max_new_tokens} new ones: expected at most the capacity, {capacity}"
         )
-    return Job(name, prompt, request)
+    return Job(name, prompt, request, {key: line[key] for key in sorted(_OWN & set(line))})
 
 
 def make_engine(
-    model: Zamba2, jobs: Sequence[Job], *, tokenizer: Tokenizer | None, slots: int = 8, capacity: int | None = None
+    model: Zamba2, jobs: Sequence[Job], *, tokenizer: TokenizerLike | None, slots: int = 8, capacity: int | None = None
 ) -> Engine:
     """An engine for jobs, without requests.
 
@@ -126,8 +145,8 @@ def make_engine(
         slots: most jobs that run at a time.
         capacity: most tokens of each; as many as the longest needs by default.
     """
-    decode = None if tokenizer is None else tokenizer.decode
-    return Engine.for_requests(model, [job.request for job in jobs], slots=slots, capacity=capacity, decode=decode)
+    requests = [job.request for job in jobs]
+    return Engine.for_requests(model, requests, slots=slots, capacity=capacity, tokenizer=tokenizer)
 
 
 def run_jobs(engine: Engine, jobs: Iterable[Job]) -> Iterator[tuple[Job, Completion]]:
@@ -140,9 +159,66 @@ def run_jobs(engine: Engine, jobs: Iterable[Job]) -> Iterator[tuple[Job, Complet
 
 def result(job: Job, done: Completion, *, text: bool, logprobs: bool) -> dict[str, Any]:
     """The line out, with text and log-probabilities or without."""
-    line = {"id": job.id, "prompt": job.prompt} | ({"text": done.text} if text else {})
+    line = {"id": job.id, **job.given} | ({"text": done.text} if text else {})
     line |= {"tokens": done.tokens, "finish": done.finish}
     return line | ({"logprobs": done.logprobs} if logprobs else {})
+
+
+def settings_of(jobs: Sequence[Job], **job: Any) -> dict[str, Any]:
+    """What results depend on, for JSON.
+
+    Args:
+        jobs: the lines.
+        job: of the whole job: its model, defaults and whatever else its results depend on.
+    """
+    return {"job": json.loads(json.dumps(job)), "lines": [[job.id, dict(job.own)] for job in jobs]}
+
+
+def check_settings(path: Path, settings: Mapping[str, Any], done: set[str | int]) -> None:
+    """Whether the results in a file were made as `settings` say; writes these beside a file without results.
+
+    Args:
+        path: of the results.
+        settings: by `settings_of`.
+        done: ids of the jobs whose results are there.
+
+    Raises:
+        ValueError: they were made otherwise; all differences are named.
+        FileNotFoundError: nothing beside the file says how they were made.
+    """
+    file = path.with_name(f"{path.name}.settings.json")
+    if not done:
+        write_json(file, settings)
+        return
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} is missing, which says what the results in {path} were made with")
+    before = read_json(file)
+    try:
+        lines = _differences(before["job"], settings["job"])
+        old, new = ({id_: (i, own) for i, (id_, own) in enumerate(s["lines"])} for s in (before, settings))
+        sampled = before["job"].get("temperature") != 0
+        for id_ in done:
+            (place, own), (place_now, own_now) = old[id_], new[id_]
+            # The place of a line gives the seed of its draws.
+            if place != place_now and "seed" not in own and (sampled or own.get("temperature")):
+                lines.append(f"line {id_!r}: number {place} before, {place_now} now")
+            lines += [f"line {id_!r}: {line}" for line in _differences(own, own_now)]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file} does not say what the results in {path} were made with: {error!r}") from error
+    if lines:
+        listed = "\n  ".join(lines)
+        raise ValueError(f"the results in {path} were made by another job:\n  {listed}")
+    write_json(file, settings)
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs, a line each; two models are the same if their fingerprints are, wherever they lie."""
+
+    def identity(value: Any) -> Any:
+        return value["fingerprint"] if isinstance(value, dict) else value
+
+    pairs = {key: (before.get(key), now.get(key)) for key in {**before, **now}}
+    return [f"{key}: {a!r} before, {b!r} now" for key, (a, b) in pairs.items() if identity(a) != identity(b)]
 
 
 def find_results(path: Path, jobs: Sequence[Job], *, resume: bool) -> set[str | int]:
@@ -159,12 +235,12 @@ def find_results(path: Path, jobs: Sequence[Job], *, resume: bool) -> set[str | 
         return set()
     if not resume:
         raise FileExistsError(f"{path} exists: expected a new file, or --resume to go on with it")
-    prompts = {job.id: job.prompt for job in jobs}
+    prompts = {job.id: job.given for job in jobs}
     done: set[str | int] = set()
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         try:
             found = _object(line)
-            known = prompts[found["id"]] == found["prompt"]
+            known = prompts[found["id"]].items() <= found.items()
         except (ValueError, TypeError, KeyError):
             known = False
         if not known:
@@ -197,20 +273,36 @@ def _object(line: bytes) -> dict[str, Any]:
     return found
 
 
-def _prompt(line: Mapping[str, Any], tokenizer: Tokenizer | None, vocab_size: int) -> tuple[str | list[int], list[int]]:
+def _prompt(
+    line: Mapping[str, Any], tokenizer: TokenizerLike | None, vocab_size: int, special_tokens: bool
+) -> tuple[str | list[Any], list[int]]:
     """The prompt as given, and its token ids."""
-    if ("prompt" in line) == ("tokens" in line):
-        raise ValueError("expected one of prompt and tokens")
-    prompt = line.get("prompt", line.get("tokens"))
-    if not isinstance(prompt, str if "prompt" in line else list):
-        kind = "text" if "prompt" in line else "a list of token ids"
-        raise ValueError(f"{'prompt' if 'prompt' in line else 'tokens'}={prompt!r}: expected {kind}")
-    if prompt == "":
-        raise ValueError("prompt is empty, expected text")
-    if isinstance(prompt, str) and any("\ud800" <= letter <= "\udfff" for letter in prompt):
-        raise ValueError(f"prompt={prompt!r} has half of a surrogate pair, expected text")
-    tokens = token_lists([prompt], tokenizer)[0] if isinstance(prompt, str) else prompt
+    given = [name for name in _PROMPTS if name in line]
+    if len(given) != 1:
+        raise ValueError(f"{' and '.join(given) or 'no prompt'}: expected one of {', '.join(_PROMPTS)}")
+    prompt = line[given[0]]
+    if given == ["messages"]:
+        tokens = _chat(prompt, tokenizer, special_tokens)
+    elif given == ["prompt"]:
+        if not isinstance(prompt, str):
+            raise ValueError(f"prompt={prompt!r}: expected text")
+        tokens = list(token_lists([prompt], tokenizer)[0])
+    else:
+        if not isinstance(prompt, list):
+            raise ValueError(f"tokens={prompt!r}: expected a list of token ids")
+        tokens = prompt
     return prompt, check_tokens(tokens, vocab_size, "prompt").tolist()
+
+
+def _chat(messages: object, tokenizer: TokenizerLike | None, special_tokens: bool) -> list[int]:
+    """Token ids of a chat."""
+    if not isinstance(tokenizer, Tokenizer):
+        raise ValueError("messages: expected a tokenizer with a chat template")
+    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) and "role" in m for m in messages):
+        raise ValueError(f'messages={json.dumps(messages)[:60]}: expected a list of objects with "role" and "content"')
+    if has_lone_surrogate(json.dumps(messages, ensure_ascii=False)):
+        raise ValueError("messages have half of a surrogate pair, expected text")
+    return tokenizer.encode_chat(messages, special_tokens=special_tokens)
 
 
 def _stops(value: object) -> list[str]:

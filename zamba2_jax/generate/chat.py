@@ -5,7 +5,7 @@ from collections.abc import Generator
 from zamba2_jax.generate.engine import Completion, Engine, Prefix, Request
 from zamba2_jax.generate.sampling import GREEDY, Sampling
 from zamba2_jax.model.zamba2 import Zamba2
-from zamba2_jax.text.tokenizer import CheckpointTokenizer
+from zamba2_jax.text.tokenizer import Tokenizer
 
 
 class Conversation:
@@ -24,11 +24,12 @@ class Conversation:
     def __init__(
         self,
         model: Zamba2,
-        tokenizer: CheckpointTokenizer,
+        tokenizer: Tokenizer,
         *,
         stop_tokens: tuple[int, ...] = (),
         system: str | None = None,
         capacity: int | None = None,
+        special_tokens: bool = True,
     ):
         """A conversation without turns.
 
@@ -38,12 +39,13 @@ class Conversation:
             stop_tokens: an answer ends with the first of these.
             system: a message of the role "system" that stands first.
             capacity: most tokens; `config.max_position_embeddings` by default.
+            special_tokens: whether names of special tokens in what is said become these tokens; else they stay text.
 
         Raises:
             ValueError: capacity is below 1.
         """
-        self._engine = Engine(model, slots=1, capacity=capacity, decode=tokenizer.decode)
-        self._tokenizer, self._stop_tokens = tokenizer, stop_tokens
+        self._engine = Engine(model, slots=1, capacity=capacity, tokenizer=tokenizer)
+        self._tokenizer, self._stop_tokens, self._special_tokens = tokenizer, stop_tokens, special_tokens
         self._system = [] if system is None else [{"role": "system", "content": system}]
         self.capacity = self._engine.capacity
         self.restart()
@@ -70,7 +72,7 @@ class Conversation:
                 has no room for it. It is then as it was before.
         """
         messages = [*self.messages, {"role": "user", "content": text}]
-        tokens = self._tokenizer.encode_chat(messages)
+        tokens = self._tokenizer.encode_chat(messages, special_tokens=self._special_tokens)
         room = self.capacity - len(tokens)
         if room < 1:
             raise ValueError(f"the conversation has {len(tokens)} tokens: expected fewer than {self.capacity}")

@@ -33,7 +33,7 @@ from zamba2_jax.model.divided import row_axes
 from zamba2_jax.model.zamba2 import Zamba2
 from zamba2_jax.ops.placement import platform
 from zamba2_jax.sharding import constrain
-from zamba2_jax.text.stream import Decode, TextStream
+from zamba2_jax.text.stream import TextStream, TokenizerLike, hidden_tokens
 from zamba2_jax.typing import Array, DTypeLike, at_least_fp32
 
 BLOCK = 32
@@ -96,7 +96,7 @@ class Token:
         request: its number.
         token: the id.
         logprob: its natural log-probability under the model, before penalty, temperature and cuts.
-        text: what is certain of the text with this token and was not before; "" without a decode function.
+        text: what is certain of the text with this token and was not before; "" without a tokenizer.
     """
 
     request: int
@@ -113,7 +113,7 @@ class Completion:
         request: its number.
         tokens: all that were added.
         logprobs: of each, as in `Token`.
-        text: of the tokens; "" without a decode function.
+        text: of the tokens; "" without a tokenizer.
         finish: "stop", at a stop token or string; or "length", at `max_new_tokens`.
     """
 
@@ -168,7 +168,7 @@ class Engine:
         slots: int = 8,
         capacity: int | None = None,
         chunk: int | None = None,
-        decode: Decode | None = None,
+        tokenizer: TokenizerLike | None = None,
     ):
         """An engine without requests. Its caches are allocated here: `cache_bytes(config, slots, capacity, dtype)`.
 
@@ -180,7 +180,7 @@ class Engine:
             capacity: tokens per slot; `config.max_position_embeddings` by default.
             chunk: most tokens of a prompt taken in at a time: memory for activations grows with it, not with prompts.
                 By default 512 on CPU and 2,048 elsewhere, where a piece takes long to start.
-            decode: text of tokens, for text and stop strings.
+            tokenizer: for text and stop strings.
 
         Raises:
             ValueError: slots, capacity or chunk is below 1.
@@ -191,7 +191,8 @@ class Engine:
             if not is_int(count, 1):
                 raise ValueError(f"{name}={count!r}: expected an integer, at least 1")
         self.slots, self.capacity = slots, capacity
-        self._model, self._chunk, self._text_of = model, chunk, decode
+        self._model, self._chunk, self._tokenizer = model, chunk, tokenizer
+        self._hidden = hidden_tokens(tokenizer)
         self._rows = _empty_rows(model.config, slots, capacity, model.dtype)
         self._row: Cache | None = None
         # Out of a loop XLA would carry copies of all weights of bfloat16 on CPU, other than its products read them.
@@ -211,7 +212,7 @@ class Engine:
         slots: int,
         before: int = 0,
         capacity: int | None = None,
-        decode: Decode | None = None,
+        tokenizer: TokenizerLike | None = None,
     ) -> "Engine":
         """An engine as large as some requests need, which are still to be submitted.
 
@@ -221,14 +222,14 @@ class Engine:
             slots: most requests that run at a time; fewer slots are made for few requests.
             before: tokens of the prefix that they are still to get.
             capacity: tokens per slot; as many as the longest request needs by default.
-            decode: as for an engine.
+            tokenizer: as for an engine.
         """
         longest = before + max(len(request.prompt) + request.max_new_tokens for request in requests)
         return cls(
             model,
             slots=min(slots, next_power_of_two(len(requests))),
             capacity=rounded_capacity(longest) if capacity is None else capacity,
-            decode=decode,
+            tokenizer=tokenizer,
         )
 
     def submit(self, request: Request) -> int:
@@ -239,7 +240,9 @@ class Engine:
         """
         self.check(request)
         before = request.prompt if request.prefix is None else [*request.prefix.tokens, *request.prompt]
-        text = None if self._text_of is None else TextStream(self._text_of, request.stop_strings, before)
+        text = None
+        if self._tokenizer is not None:
+            text = TextStream(self._tokenizer.decode, request.stop_strings, before, self._hidden)
         task = _Task(next(self._numbers), request, text)
         self._queue.append(task)
         return task.number
@@ -249,14 +252,14 @@ class Engine:
 
         Raises:
             ValueError: the prompt is empty, a token is outside the vocabulary, the tokens do not fit in the capacity,
-                there are stop strings and no decode function, or the prefix is for another capacity.
+                there are stop strings and no tokenizer, or the prefix is for another capacity.
         """
         vocab_size, before = self._model.config.vocab_size, 0
         prompt = check_tokens(request.prompt, vocab_size, "prompt")
         if len(request.stop_tokens):
             check_tokens(request.stop_tokens, vocab_size, "stop_tokens")
-        if request.stop_strings and self._text_of is None:
-            raise ValueError(f"stop_strings={request.stop_strings!r}: expected an engine with a decode function")
+        if request.stop_strings and self._tokenizer is None:
+            raise ValueError(f"stop_strings={request.stop_strings!r}: expected an engine with a tokenizer")
         if request.prefix is not None:
             before = len(request.prefix.tokens)
             self._check_prefix(request.prefix)

@@ -12,7 +12,12 @@ from typing import Any
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
-from lm_eval.models.utils import has_bos_prefix, normalize_gen_kwargs
+from lm_eval.models.utils import (
+    handle_stop_sequences,
+    has_bos_prefix,
+    normalize_gen_kwargs,
+    postprocess_generated_text,
+)
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from zamba2_jax.checkpoint.hf import load_hf
@@ -20,7 +25,7 @@ from zamba2_jax.generate.engine import Completion, Engine, Request
 from zamba2_jax.generate.sampling import Sampling
 from zamba2_jax.generate.score import score_tokens
 from zamba2_jax.model.zamba2 import Zamba2
-from zamba2_jax.text.tokenizer import CheckpointTokenizer, load_tokenizer
+from zamba2_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 _GENERATION = {"until", "do_sample", "max_gen_toks", *_SAMPLING}
@@ -31,7 +36,7 @@ class Harness(TemplateLM):
     """Answers the harness's requests with a model.
 
     Attributes:
-        tokenizer: of the model.
+        tokenizer: of the model; its `end_tokens` end an answer.
         max_length: most tokens of a request, those to be generated included.
     """
 
@@ -40,7 +45,7 @@ class Harness(TemplateLM):
     def __init__(
         self,
         model: Zamba2 | str,
-        tokenizer: CheckpointTokenizer | None = None,
+        tokenizer: Tokenizer | None = None,
         *,
         batch_size: int | str = 8,
         max_length: int | None = None,
@@ -136,9 +141,12 @@ class Harness(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continuations up to a stop string; request i is drawn with seed i where it is drawn at all."""
+        """Continuations up to a stop string or a token that ends a text, by the tokenizer or the checkpoint.
+
+        Request i is drawn with seed i where it is drawn at all.
+        """
         jobs = [self._request(*request.args, seed=i) for i, request in enumerate(requests)]
-        engine = Engine.for_requests(self._model, jobs, slots=self._batch_size, decode=self.tokenizer.decode)
+        engine = Engine.for_requests(self._model, jobs, slots=self._batch_size, tokenizer=self.tokenizer)
         # Of like lengths together: those that begin together end together more often.
         order = sorted(range(len(jobs)), key=lambda i: -len(jobs[i].prompt))
         of_number = {engine.submit(jobs[i]): i for i in order}
@@ -146,8 +154,10 @@ class Harness(TemplateLM):
         for event in engine.events(streaming=False):
             if isinstance(event, Completion):
                 i = of_number[event.request]
-                texts[i] = event.text
-                self.cache_hook.add_partial("generate_until", requests[i].args, event.text)
+                # An ending token that is not special has text, which the harness's own adapter gives too.
+                text = self.tokenizer.decode(event.tokens)
+                texts[i] = postprocess_generated_text(text, list(jobs[i].stop_strings), think_end_token=None)
+                self.cache_hook.add_partial("generate_until", requests[i].args, texts[i])
         return texts
 
     def _request(self, context: str, options: dict[str, Any], *, seed: int) -> Request:
@@ -156,7 +166,8 @@ class Harness(TemplateLM):
         unknown = sorted(set(options) - _GENERATION)
         if unknown:
             raise ValueError(f"generation option {unknown[0]!r} is unknown, expected some of {sorted(_GENERATION)}")
-        until, new = options.get("until") or [], options["max_gen_toks"]
+        end = self.tokenizer.special_tokens["eos_token"]
+        until, new = handle_stop_sequences(options.get("until"), eos=end), options["max_gen_toks"]
         if new >= self.max_length:
             raise ValueError(f"max_gen_toks={new}: expected fewer than max_length, {self.max_length}")
         how = Sampling(seed=seed, **{name: options[name] for name in _SAMPLING if options.get(name) is not None})
@@ -164,6 +175,6 @@ class Harness(TemplateLM):
             self.tok_encode(context)[new - self.max_length :],
             new,
             how if options["do_sample"] else Sampling(repetition_penalty=how.repetition_penalty),
-            stop_tokens=[self.eot_token_id],
-            stop_strings=[stop for stop in ([until] if isinstance(until, str) else until) if stop],
+            stop_tokens=[id_ for id_ in self.tokenizer.end_tokens if id_ < self._model.config.vocab_size],
+            stop_strings=[stop for stop in until if stop],
         )

@@ -38,7 +38,7 @@ class Sampling:
 
     Attributes:
         temperature: tokens are drawn from softmax(logits / temperature); 0 takes the likeliest, the first of equals.
-        top_k: keeps the k likeliest tokens; None keeps all.
+        top_k: keeps the k likeliest tokens; None, 0 or -1 keeps all.
         top_p: then keeps the fewest of the likeliest tokens that have this share of what is left (nucleus sampling,
             arXiv:1904.09751); 1 keeps all.
         min_p: keeps tokens at least this share as likely as the likeliest (arXiv:2407.01082); 0 keeps all.
@@ -63,14 +63,14 @@ class Sampling:
                 is_number(self.temperature) and 0 <= self.temperature < math.inf,
                 "a finite number, 0 or more",
             ),
-            "top_k": (self.top_k is None or is_int(self.top_k, 1), "None, or an integer from 1"),
+            "top_k": (self.top_k is None or is_int(self.top_k, -1), "None, or an integer from -1"),
             "top_p": (is_number(self.top_p) and 0 < self.top_p <= 1, "a number in (0, 1]"),
             "min_p": (is_number(self.min_p) and 0 <= self.min_p <= 1, "a number in [0, 1]"),
             "repetition_penalty": (
                 is_number(self.repetition_penalty) and 0 < self.repetition_penalty < math.inf,
                 "a finite number above 0",
             ),
-            "seed": (is_int(self.seed, 0) and self.seed < 2**32, "an integer in [0, 2^32)"),
+            "seed": (is_int(self.seed, 0) and self.seed < 2**64, "an integer in [0, 2^64)"),
         }
         for field, (valid, rule) in rules.items():
             if not valid:
@@ -78,7 +78,7 @@ class Sampling:
 
     def for_prompt(self, i: int) -> "Sampling":
         """The same with the seed after it by i: for prompt i of many, so that one given twice goes on in two ways."""
-        return dataclasses.replace(self, seed=(self.seed + i) % 2**32)
+        return dataclasses.replace(self, seed=(self.seed + i) % 2**64)
 
 
 GREEDY = Sampling()
@@ -86,30 +86,31 @@ GREEDY = Sampling()
 
 @struct.dataclass
 class SamplingRows:
-    """The parameters of `b` rows; fields as in `Sampling`."""
+    """The parameters of `b` rows; fields as in `Sampling`, seeds as their upper and lower half."""
 
     temperature: Float[Array, " b"]
     top_k: Int[Array, " b"]
     top_p: Float[Array, " b"]
     min_p: Float[Array, " b"]
     repetition_penalty: Float[Array, " b"]
-    seed: Int[Array, " b"]
+    seed: Int[Array, "b 2"]
 
     @classmethod
     def stack(cls, rows: Sequence[Sampling]) -> "SamplingRows":
-        """One row each, on the host: floats in float32, top_k in int32, seeds in uint32."""
+        """One row each, on the host: floats in float32, top_k in int32, halves of seeds in uint32."""
 
         def column(name: str, dtype: type) -> Array:
             return cast(Array, np.array([getattr(row, name) for row in rows], dtype))
 
-        top_k = [_ALL if row.top_k is None else min(row.top_k, _ALL) for row in rows]
+        top_k = [min(row.top_k, _ALL) if row.top_k is not None and row.top_k > 0 else _ALL for row in rows]
+        seeds = [divmod(int(row.seed), 2**32) for row in rows]
         return cls(
             temperature=column("temperature", np.float32),
             top_k=cast(Array, np.array(top_k, np.int32)),
             top_p=column("top_p", np.float32),
             min_p=column("min_p", np.float32),
             repetition_penalty=column("repetition_penalty", np.float32),
-            seed=column("seed", np.uint32),
+            seed=cast(Array, np.array(seeds, np.uint32)),
         )
 
 
@@ -194,5 +195,6 @@ def log_probability(logits: Float[Array, "*batch v"], tokens: Int[Array, "*batch
 
 def _draw(seed: Array, position: Array, logits: Array) -> Array:
     # Threefry by name: its draws under vmap are those of the row alone, which not every generator promises.
-    key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), position)
+    # The two halves of a seed are its key.
+    key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), position)
     return jax.random.categorical(key, logits).astype(jnp.int32)

@@ -12,7 +12,7 @@ from zamba2_jax.generate.sampling import is_int, log_probability
 from zamba2_jax.model.cache import Cache, init_cache
 from zamba2_jax.model.zamba2 import Zamba2
 from zamba2_jax.ops.cross_entropy import map_positions
-from zamba2_jax.text.stream import Tokenizer, token_lists
+from zamba2_jax.text.stream import TokenizerLike, token_lists
 from zamba2_jax.typing import Array, at_least_fp32
 
 POSITIONS = 32
@@ -23,7 +23,7 @@ def score(
     model: Zamba2,
     texts: Sequence[str] | Sequence[Sequence[int]],
     *,
-    tokenizer: Tokenizer | None = None,
+    tokenizer: TokenizerLike | None = None,
     batch: int = 8,
     chunk: int = 256,
 ) -> list[np.ndarray]:

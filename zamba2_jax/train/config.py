@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from zamba2_jax.checkpoint.hf import local_directory
+from zamba2_jax.checkpoint.hub import local_directory
 from zamba2_jax.config import Zamba2Config
 from zamba2_jax.train.optimizer import AdamW, Muon
 from zamba2_jax.train.schedule import Phase, learning_rate
@@ -123,8 +123,9 @@ class RunConfig:
     Attributes:
         directory: of the run.
         model: what to train.
-        tokenizer: "embedded", one trained on the embedded corpus, or a tokenizer.json or a directory that holds one;
-            None where all sources are token files, whose own it then is.
+        tokenizer: "embedded", one trained on the embedded corpus; or what `load_tokenizer` takes, a tokenizer.json, a
+            sentencepiece model, a directory that holds one, or the id of a repository on the Hugging Face hub. By
+            default that of the token files, if there are such sources, or else of `model.hf`.
         sources: documents and synthetic tasks to train on, by the names that the shares of phases use.
         phases: one after the other.
         learning_rate: the peak that fractions in the phases are of.
@@ -284,7 +285,10 @@ def _convert(kind: Any, value: Any, place: str) -> Any:
         if value is None and types.NoneType in arguments:
             return None
         inner = [argument for argument in arguments if argument is not types.NoneType]
-        return _convert(inner[0] if len(inner) == 1 else _variant(inner, value, place), value, place)
+        if len(inner) > 1 and all(map(dataclasses.is_dataclass, inner)):
+            return _convert(_variant(inner, value, place), value, place)
+        listed = isinstance(value, list | tuple)
+        return _convert(next((k for k in inner if (get_origin(k) is tuple) == listed), inner[0]), value, place)
     if origin is Literal:
         _require(value in arguments, place, value, f"one of {', '.join(map(str, arguments))}")
         return value

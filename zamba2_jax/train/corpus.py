@@ -12,9 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tokenizers import Tokenizer
-
-from zamba2_jax.text.vocabulary import encode_documents, train_tokenizer
+from zamba2_jax.text.frame import encode_documents, frame_of
+from zamba2_jax.text.tokenizer import Tokenizer
+from zamba2_jax.text.vocabulary import train_tokenizer
 from zamba2_jax.train.documents import Documents, in_memory
 
 # Directories of the standard library that are not its own modules, are tables, or would give the prose away.
@@ -205,7 +205,8 @@ def tokenize_embedded_corpus(vocab_size: int) -> TokenizedCorpus:
     tokenizer = _train_tokenizer(code_documents, prose_documents, vocab_size)
 
     def encode(documents: Sequence[Document]) -> Documents:
-        return in_memory(encode_documents(tokenizer, [document.text for document in documents]))
+        texts = [document.text for document in documents]
+        return in_memory(encode_documents(tokenizer, texts, frame_of(tokenizer)))
 
     return TokenizedCorpus(
         tokenizer=tokenizer,

@@ -14,8 +14,10 @@ import jax
 import numpy as np
 from flax import struct
 
-from zamba2_jax.text.vocabulary import PAD
 from zamba2_jax.train.documents import Documents
+
+PAD = 0
+"""Stands where there is no document; what it is has no meaning."""
 
 WINDOW = 4096
 """Documents that are shuffled together: what is computed and looked up for a row, however large its source is."""

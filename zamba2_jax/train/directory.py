@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from zamba2_jax.config import Zamba2Config
 from zamba2_jax.files import write_directory_atomically, write_json
-from zamba2_jax.text.vocabulary import copy_tokenizer, load_tokenizer, save_tokenizer
+from zamba2_jax.text.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
+from zamba2_jax.text.vocabulary import copy_tokenizer, save_tokenizer
 from zamba2_jax.train.config import EMBEDDED_TOKENIZER, RunConfig, differences, from_table
 from zamba2_jax.train.corpus import embedded_tokenizer
 from zamba2_jax.train.sources import SourceConfig
@@ -94,19 +93,24 @@ def open_tokenizer(config: RunConfig, directory: Path, vocab_size: int) -> Token
     if config.tokenizer == EMBEDDED_TOKENIZER:
         return embedded_tokenizer(vocab_size)
     source = _tokenizer_source(config)
-    return None if source is None else load_tokenizer(source)
+    try:
+        return None if source is None else load_tokenizer(source)
+    except FileNotFoundError:
+        if config.tokenizer is None:  # a checkpoint without one, which token files can do without
+            return None
+        raise
 
 
-def _tokenizer_source(config: RunConfig) -> Path | None:
-    """The tokenizer that the config names, or that is beside token files."""
+def _tokenizer_source(config: RunConfig) -> str | None:
+    """The tokenizer that the config names, or that is beside token files, or that of the checkpoint to start from."""
     if config.tokenizer is not None:
-        return Path(config.tokenizer)
+        return config.tokenizer
     beside = (
-        Path(str(source.path))
+        str(source.path)
         for source in config.sources.values()
         if isinstance(source, SourceConfig) and source.kind == "tokens"
     )
-    return next((path for path in beside if (path / "tokenizer.json").is_file()), None)
+    return next((path for path in beside if has_tokenizer(Path(path))), config.model.hf)
 
 
 def write_run(config: RunConfig, architecture: Zamba2Config, tokenizer: Tokenizer | None, directory: Path) -> None:

@@ -1,5 +1,6 @@
 """From a run to a Hugging Face checkpoint."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -7,7 +8,9 @@ from flax import nnx
 
 from zamba2_jax.checkpoint.hf import save_hf
 from zamba2_jax.checkpoint.history import Checkpoints
+from zamba2_jax.config import Zamba2Config
 from zamba2_jax.model import Zamba2
+from zamba2_jax.text.tokenizer import Tokenizer, load_tokenizer
 from zamba2_jax.text.vocabulary import copy_tokenizer
 from zamba2_jax.train.directory import CHECKPOINTS, TOKENIZER, read_run
 
@@ -35,9 +38,26 @@ def export(directory: Path, out: Path, step: int | None = None) -> int:
             if not checkpoints.steps:
                 raise FileNotFoundError(f"{checkpoints.directory} holds no checkpoint yet")
             step = checkpoints.steps[-1]
+        if config.model.hf is None and (directory / TOKENIZER).is_dir():
+            architecture = _with_token_ids(architecture, load_tokenizer(directory / TOKENIZER))
         like = jax.eval_shape(lambda: Zamba2(architecture, rngs=nnx.Rngs(0), dtype=config.dtype))
         model = checkpoints.restore_part(step, like, "model")
     save_hf(model, out)
     if (directory / TOKENIZER).is_dir():
         copy_tokenizer(directory / TOKENIZER, out)
     return step
+
+
+def _with_token_ids(architecture: Zamba2Config, tokenizer: Tokenizer) -> Zamba2Config:
+    """The architecture with the special tokens of the tokenizer it was trained with, as far as it can be fed them."""
+
+    def known(name: str) -> int | None:
+        id_ = tokenizer.special_id(name)
+        return None if id_ is None or id_ >= architecture.vocab_size else id_
+
+    return dataclasses.replace(
+        architecture,
+        pad_token_id=known("pad_token"),
+        bos_token_id=known("bos_token"),
+        eos_token_id=known("eos_token"),
+    )

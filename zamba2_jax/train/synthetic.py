@@ -1,9 +1,9 @@
 """Synthetic tasks that need what attention does: rows of examples made on the way, of which only answers are learnt.
 
 A source of examples is a function of seed and index, like all others: row i of a stream holds the same examples
-whenever, and on whichever host, it is made. Examples are documents between BOS and EOS. Their symbols are ordinary ids
-of the tokenizer, never special tokens: spread evenly over the vocabulary, and the same for a task whatever the seed, so
-that what is learnt in training is asked for in evaluation.
+whenever, and on whichever host, it is made. Examples are documents in the tokenizer's frame. Their symbols are ordinary
+ids of the tokenizer, never special tokens: spread evenly over the vocabulary, and the same for a task whatever the
+seed, so that what is learnt in training is asked for in evaluation.
 """
 
 import dataclasses
@@ -13,10 +13,10 @@ from typing import Literal, NamedTuple
 
 import grain
 import numpy as np
-from tokenizers import Tokenizer
 
-from zamba2_jax.text.vocabulary import BOS, EOS, PAD
-from zamba2_jax.train.data import Batch, Source
+from zamba2_jax.text.frame import Frame, frame_of
+from zamba2_jax.text.tokenizer import Tokenizer
+from zamba2_jax.train.data import PAD, Batch, Source
 from zamba2_jax.train.sources import SourceConfig, open_documents
 
 HELD_OUT = (0x68656C64,) * 5
@@ -28,7 +28,7 @@ MISSES = 8
 
 
 class Example(NamedTuple):
-    """One example of a task, without BOS and EOS.
+    """One example of a task, without its frame.
 
     Attributes:
         tokens: ids, int [t].
@@ -45,10 +45,12 @@ class Ids(NamedTuple):
     Attributes:
         symbols: distinct ordinary ids, of which a task takes the first ones for its markers.
         encode: the ids of a text, without special tokens.
+        frame: around every example.
     """
 
     symbols: np.ndarray
     encode: Callable[[str], np.ndarray]
+    frame: Frame
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -321,11 +323,11 @@ class SyntheticRows(grain.MapDataset[Batch]):
             ValueError: an example may be longer than a row.
         """
         super().__init__()
-        size = task._size(ids) + 2
+        size = task._size(ids) + ids.frame.size
         if size > length:
             raise ValueError(
-                f"source of kind {getattr(task, 'kind', '')!r}: its examples take up to {size} tokens with BOS and "
-                f"EOS: expected at most the length of a row, {length}"
+                f"source of kind {getattr(task, 'kind', '')!r}: its examples take up to {size} tokens with their "
+                f"frame: expected at most the length of a row, {length}"
             )
         self._task, self._ids, self._length, self._entropy = task, ids, length, tuple(entropy)
 
@@ -341,9 +343,11 @@ class SyntheticRows(grain.MapDataset[Batch]):
         weights = np.zeros(self._length, np.float32)
         begin = 0
         for number, example in enumerate(self._examples(random), 1):
-            end = begin + len(example.tokens) + 2
-            tokens[begin:end] = [BOS, *example.tokens, EOS]
-            segment_ids[begin:end], weights[begin + 1 : end - 1] = number, example.weights
+            before, after = self._ids.frame
+            first = begin + len(before)
+            end = first + len(example.tokens) + len(after)
+            tokens[begin:end] = [*before, *example.tokens, *after]
+            segment_ids[begin:end], weights[first : end - len(after)] = number, example.weights
             begin = end
         return Batch(tokens=tokens, segment_ids=segment_ids, weights=weights)
 
@@ -352,7 +356,7 @@ class SyntheticRows(grain.MapDataset[Batch]):
         room, misses = self._length, 0
         while misses < MISSES:
             example = self._task._example(random, self._ids)
-            size = len(example.tokens) + 2
+            size = len(example.tokens) + self._ids.frame.size
             if size > room:
                 misses += 1
                 continue
@@ -403,8 +407,9 @@ def open_synthetic(task: SyntheticConfig, tokenizer: Tokenizer | None, *, vocab_
     """
     if tokenizer is None:
         raise ValueError(f"a source of kind {task.kind!r} takes a tokenizer")
-    special = {id_ for id_, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    ordinary = sorted({*tokenizer.get_vocab().values()} - special - {PAD, BOS, EOS})
+    frame = frame_of(tokenizer)
+    special = {id_ for id_, token in tokenizer.backend.get_added_tokens_decoder().items() if token.special}
+    ordinary = sorted({*tokenizer.backend.get_vocab().values()} - special - {*frame.begin, *frame.end})
     ordinary = [id_ for id_ in ordinary if id_ < vocab_size]
     if len(ordinary) < max(task._id_count, 1):
         raise ValueError(
@@ -417,9 +422,9 @@ def open_synthetic(task: SyntheticConfig, tokenizer: Tokenizer | None, *, vocab_
     symbols = np.random.default_rng(0).permutation(symbols)
 
     def encode(text: str) -> np.ndarray:
-        return np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        return np.array(tokenizer.encode(text, add_special_tokens=False), np.int32)
 
-    return Synthetic(task, Ids(symbols, encode))
+    return Synthetic(task, Ids(symbols, encode, frame))
 
 
 def open_source(config: AnySource, tokenizer: Tokenizer | None, *, vocab_size: int) -> Source:

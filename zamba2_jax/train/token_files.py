@@ -101,7 +101,7 @@ def write_token_files(
         ValueError: a token is outside the vocabulary; the message names shard, document and position.
     """
     vocab_size = tokenizer.get_vocab_size()
-    dtype = "<u2" if vocab_size <= 2**16 else "<u4"
+    dtype = "<u2" if max(tokenizer.get_vocab().values()) < 2**16 else "<u4"  # ids may have gaps
     shards: list[Shard] = []
     writer, end = None, 0
     with (directory / OFFSETS).open("wb") as offsets:

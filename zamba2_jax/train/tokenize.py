@@ -5,15 +5,17 @@ import os
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
-from itertools import chain, islice
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from zamba2_jax.files import write_directory_atomically
-from zamba2_jax.text.vocabulary import copy_tokenizer, encode_documents, load_tokenizer, parse_tokenizer
+from zamba2_jax.text.frame import Frame, encode_documents, frame_of
+from zamba2_jax.text.tokenizer import Tokenizer, load_tokenizer
+from zamba2_jax.text.vocabulary import copy_tokenizer
 from zamba2_jax.train.sources import Progress, SourceConfig, Text, chunks, read_texts
 from zamba2_jax.train.token_files import Manifest, write_token_files
 
@@ -27,7 +29,7 @@ _tokenizer: Tokenizer | None = None
 def tokenize(
     sources: Sequence[SourceConfig],
     output: Path,
-    tokenizer: Path,
+    tokenizer: str | os.PathLike[str],
     *,
     processes: int,
     shard_tokens: int,
@@ -41,7 +43,7 @@ def tokenize(
     Args:
         sources: of texts.
         output: directory to write.
-        tokenizer: to tokenise with, a tokenizer.json or a directory that holds one; it is copied beside the tokens.
+        tokenizer: to tokenise with, as for `load_tokenizer`; it is copied beside the tokens.
         processes: that tokenise; reading and writing take one more.
         shard_tokens: as in `write_token_files`.
         progress: is told of the bytes of text as they are written.
@@ -54,6 +56,7 @@ def tokenize(
         if value < 1:
             raise ValueError(f"{name}={value}: expected an integer >= 1")
     loaded = load_tokenizer(tokenizer)
+    framed = [(source, frame_of(loaded, source.bos, source.eos)) for source in sources]
     text_bytes = 0
 
     def counted(texts: Iterable[Text]) -> Iterator[Text]:
@@ -62,14 +65,18 @@ def tokenize(
             text_bytes += len(text.text.encode())
             yield text
 
-    texts = chunks(counted(chain.from_iterable(map(read_texts, sources))))
+    tasks = (
+        _Task(texts, frame, source.special_tokens)
+        for source, frame in framed
+        for texts in chunks(counted(read_texts(source)))
+    )
 
     def write(directory: Path) -> Manifest:
-        executor = ProcessPoolExecutor(processes, get_context("spawn"), _start, (loaded.to_str(),))
+        executor = ProcessPoolExecutor(processes, get_context("spawn"), _start, (loaded,))
         try:
-            documents = _encoded(executor, texts, AHEAD * processes, progress)
+            documents = _encoded(executor, tasks, AHEAD * processes, progress)
             manifest = write_token_files(
-                directory, documents, loaded, shard_tokens=shard_tokens, text_bytes=lambda: text_bytes
+                directory, documents, loaded.backend, shard_tokens=shard_tokens, text_bytes=lambda: text_bytes
             )
         finally:
             executor.shutdown(cancel_futures=True)
@@ -79,26 +86,34 @@ def tokenize(
     return write_directory_atomically(output, write)
 
 
+class _Task(NamedTuple):
+    """Texts to tokenize together, and how."""
+
+    texts: list[Text]
+    frame: Frame
+    special_tokens: bool
+
+
 def _encoded(
-    executor: ProcessPoolExecutor, texts: Iterator[list[Text]], ahead: int, progress: Progress
+    executor: ProcessPoolExecutor, tasks: Iterator[_Task], ahead: int, progress: Progress
 ) -> Iterator[np.ndarray]:
     """The tokens of every text in order, of which a bounded number is in flight."""
     waiting: collections.deque[tuple[Future[list[np.ndarray]], int]] = collections.deque()
 
-    def submit(more: Iterable[list[Text]]) -> None:
-        for chunk in more:
-            future = executor.submit(_encode, [text.text for text in chunk])
-            waiting.append((future, sum(text.size for text in chunk)))
+    def submit(more: Iterable[_Task]) -> None:
+        for texts, frame, special_tokens in more:
+            future = executor.submit(_encode, [text.text for text in texts], frame, special_tokens)
+            waiting.append((future, sum(text.size for text in texts)))
 
-    submit(islice(texts, ahead))
+    submit(islice(tasks, ahead))
     while waiting:
         future, size = waiting.popleft()
         yield from future.result()
         progress(size)
-        submit(islice(texts, 1))
+        submit(islice(tasks, 1))
 
 
-def _start(tokenizer: str) -> None:
+def _start(tokenizer: Tokenizer) -> None:
     """Prepares a worker.
 
     The processes are the parallelism: the tokenizer's own threads would be in their way. An interrupt from the terminal
@@ -107,9 +122,9 @@ def _start(tokenizer: str) -> None:
     global _tokenizer
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _tokenizer = parse_tokenizer(tokenizer)
+    _tokenizer = tokenizer
 
 
-def _encode(texts: Sequence[str]) -> list[np.ndarray]:
+def _encode(texts: Sequence[str], frame: Frame, special_tokens: bool) -> list[np.ndarray]:
     assert _tokenizer is not None
-    return encode_documents(_tokenizer, texts)
+    return encode_documents(_tokenizer, texts, frame, special_tokens=special_tokens)
