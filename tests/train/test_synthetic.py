@@ -32,7 +32,7 @@ TASKS = [
 @pytest.fixture(scope="module")
 def tokenizer():
     tokenizer = train_tokenizer(["the pass key is grass remember sky sun " * 3], 280)
-    tokenizer.add_special_tokens([AddedToken("<tool>", special=True)])
+    tokenizer.backend.add_special_tokens([AddedToken("<tool>", special=True)])
     return tokenizer
 
 
@@ -89,14 +89,14 @@ def answers(source, tokens, tokenizer):
     assert rest.split(".")[0] == answer
     assert answer.strip().isdigit()
     assert len(answer.strip()) == task.digits
-    size = len(tokenizer.encode(answer).ids)
+    size = len(tokenizer.encode(answer, add_special_tokens=False))
     return dict(enumerate(tokens[-size:], len(tokens) - size))
 
 
 def test_answers_follow_from_what_stands_before_them_and_carry_the_weights(task, tokenizer):
     source = open_synthetic(task, tokenizer, vocab_size=VOCABULARY)
     rows = source.training_rows(LENGTH, (0, 1))
-    special, seen = {*range(3), tokenizer.token_to_id("<tool>")}, set()
+    special, seen = {*range(3), tokenizer.backend.token_to_id("<tool>")}, set()
     lengths = set()
     for tokens, weights in examples(rows[i] for i in range(40)):
         expected = answers(source, tokens, tokenizer)

@@ -131,7 +131,7 @@ class Demo:
 
         begin = time.perf_counter()
         self._check()
-        config, phases = Zamba2Config.preset(self.preset), self._phases()
+        config, phases = Zamba2Config.preset(self.preset), self.phases()
         schedule, muon = learning_rate(phases, self.learning_rate), optimizer().transformation()
         prepare_output(self.output, dataclasses.asdict(self) | {"output": str(self.output), "prompts": self._prompts})
 
@@ -208,7 +208,8 @@ class Demo:
         if "" in self._prompts:
             raise ValueError("--prompts holds an empty one: expected text")
 
-    def _phases(self) -> list[Phase]:
+    def phases(self) -> list[Phase]:
+        """What is trained on, and at which rates."""
         from zamba2_jax.train.schedule import Phase
 
         copying, pretraining, annealing = self.steps
