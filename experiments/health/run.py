@@ -19,7 +19,7 @@ from flax import nnx
 from matplotlib.figure import Figure
 
 from zamba2_jax import Zamba2, Zamba2Config, capture
-from zamba2_jax.cli.demo import INIT_SCALE, SILENCED
+from zamba2_jax.cli.demo import INIT_SCALE, SILENCED, Demo
 from zamba2_jax.evaluate import necessity
 from zamba2_jax.train.corpus import TokenizedCorpus, tokenize_embedded_corpus
 from zamba2_jax.train.data import Batch, held_out
@@ -156,23 +156,12 @@ def recipe_run(
     Returns:
         By held-out text: the loss, the accuracy, and both with a part silenced; and the ratios of the last health.
     """
-    copying, pretraining, annealing = steps
+    copying, *text = steps
     # Without the curriculum the same rows of copying are spread over the whole run.
-    share = 0.06 if variant.curriculum else (copying + 0.06 * (pretraining + annealing)) / sum(steps)
-    first = {"copying": 1.0} if variant.curriculum else {"code": 1 - share, "copying": share}
-    phases = [
-        Phase(name="copying", steps=copying, shares=first, warmup_steps=copying // 10, decay="constant"),
-        Phase(name="pretraining", steps=pretraining, shares={"code": 1 - share, "copying": share}, final_fraction=0.1),
-        Phase(
-            name="annealing",
-            steps=annealing,
-            shares={"prose": 0.7 * (1 - share), "code": 0.3 * (1 - share), "copying": share},
-            warmup_steps=annealing // 20,
-            peak_fraction=0.75,
-            decay="linear",
-            final_fraction=0.01,
-        ),
-    ]
+    share = 0.05 if variant.curriculum else (copying + 0.05 * sum(text)) / sum(steps)
+    phases = Demo(steps=steps, copying=share, learning_rate=variant.rate).phases()
+    if not variant.curriculum:
+        phases[0] = dataclasses.replace(phases[0], shares=phases[1].shares)
     records, state = _trained(config, corpus, variant, phases, seed, health_every=20 if sum(steps) > 100 else 3)
     task = dataclasses.replace(_task(), lengths=(20, 60))
     texts = {**corpus.held_out, "copying": open_synthetic(task, corpus.tokenizer, vocab_size=config.vocab_size)}

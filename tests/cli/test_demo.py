@@ -11,9 +11,8 @@ from tests.helpers import SMALL
 from zamba2_jax import config
 from zamba2_jax.checkpoint.hf import load_hf
 from zamba2_jax.checkpoint.store import restore_state
-from zamba2_jax.cli.demo import OUTPUTS, Demo, prepare_output
+from zamba2_jax.cli.demo import OUTPUTS, SILENCED, Demo, optimizer, prepare_output
 from zamba2_jax.cli.main import COMMANDS, main
-from zamba2_jax.train.optimizer import AdamW
 from zamba2_jax.train.step import init_state
 
 
@@ -24,7 +23,7 @@ def small_preset(monkeypatch):
     )
 
 
-WORDS = "--preset small --steps 6 8 --batch 2 --seq 32 --new-tokens 8 --learning-rate 0.02 --prompts".split()
+WORDS = "--preset small --steps 4 6 8 --batch 2 --seq 32 --new-tokens 8 --learning-rate 0.02 --prompts".split()
 
 
 def test_a_miniature_run(small_preset, tmp_path, capsys):
@@ -34,25 +33,34 @@ def test_a_miniature_run(small_preset, tmp_path, capsys):
 
     printed = capsys.readouterr().out
     summary = json.loads((out / "summary.json").read_text())
-    losses = summary["held_out_prose"]
-    assert losses["annealing"]["nats_per_token"] < losses["pretraining"]["nats_per_token"]
-    for phase in ("pretraining", "annealing"):
+    losses = summary["held_out"]["prose"]
+    assert losses["annealing"]["nats_per_token"] < losses["copying"]["nats_per_token"]
+    for phase in ("copying", "pretraining", "annealing"):
         assert f"{losses[phase]['nats_per_token']:.3f}" in printed
         assert f"{losses[phase]['bits_per_byte']:.3f}" in printed
     assert "tokens/s" in printed
-    assert summary["tokens"] == 14 * 2 * 32
+    assert 18 * 2 * 32 * 0.8 < summary["tokens"] <= 18 * 2 * 32  # rows of copying are not full
+    for name, found in summary["necessity"].items():
+        assert found["loss"] == pytest.approx(summary["held_out"][name]["annealing"]["nats_per_token"], rel=1e-5)
+        for part in SILENCED:
+            assert f"{found['silenced'][part]['increase']:+.3f}" in printed
+    copying = summary["necessity"]["copying"]
+    assert f"{copying['accuracy']:.0%} of the symbols right" in printed
+    assert f"{copying['silenced']['all.attention']['accuracy']:.0%}." in printed
+    assert set(summary["shared_output_over_residual"]) == {"layers.1"}
     assert "\nThe class" in printed
     assert "\nA [bold]" in printed
     assert (out / "samples.txt").read_text().startswith("The class")
 
     records = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert {record["kind"] for record in records} == {"train", "eval"}  # too short a run to measure its health
-    assert records[-1]["loss"] == losses["annealing"]["nats_per_token"]
+    assert {record["kind"] for record in records} == {"train", "health", "eval"}
+    last = {record["held_out"]: record["loss"] for record in records if record["kind"] == "eval"}
+    assert last == {name: of["annealing"]["nats_per_token"] for name, of in summary["held_out"].items()}
 
     model = load_hf(out / "hf")
-    like = init_state(model, AdamW().transformation())
+    like = init_state(model, optimizer().transformation())
     state = restore_state(out / "checkpoint", like)
-    assert int(state.step) == 14
+    assert int(state.step) == 18
     for a, b in zip(jax.tree.leaves(state.model), jax.tree.leaves(model), strict=True):
         np.testing.assert_array_equal(a, b)
     tokenizers = [Tokenizer.from_file(str(folder / "tokenizer.json")).to_str() for folder in (out, out / "hf")]
@@ -63,8 +71,9 @@ def test_the_first_error_comes_before_anything_is_written(tmp_path, capsys):
     for words, message in (
         (["--seed", "-1"], "--seed is -1: expected an integer in [0, 2^31)"),
         (["--batch", "0"], "--batch is 0: expected at least 1"),
-        (["--seq", "1"], "--seq is 1: expected at least 2"),
-        (["--steps", "0", "5"], "phase 'pretraining': steps=0: expected an integer >= 1"),
+        (["--seq", "8"], "--seq is 8: expected at least 9"),
+        (["--copying", "1"], "--copying is 1.0: expected a share in [0, 1)"),
+        (["--steps", "3", "0", "5"], "phase 'pretraining': steps=0: expected an integer >= 1"),
         (["--replay", "1"], "--replay is 1.0: expected a share in [0, 1)"),
         (["--learning-rate", "-1"], "peak learning rate=-1.0: expected a finite number > 0"),
         (["--preset", "zamba2-9b"], "preset 'zamba2-9b' is unknown, expected one of"),

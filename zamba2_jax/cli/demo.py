@@ -131,8 +131,8 @@ class Demo:
 
         begin = time.perf_counter()
         self._check()
-        config, phases = Zamba2Config.preset(self.preset), self._phases()
-        schedule, optimizer = learning_rate(phases, self.learning_rate), _optimizer().transformation()
+        config, phases = Zamba2Config.preset(self.preset), self.phases()
+        schedule, muon = learning_rate(phases, self.learning_rate), optimizer().transformation()
         prepare_output(self.output, dataclasses.asdict(self) | {"output": str(self.output), "prompts": self._prompts})
 
         console = Console(highlight=False)
@@ -156,10 +156,10 @@ class Demo:
         model = scale_matrices(Zamba2(config, rngs=nnx.Rngs(self.seed)), INIT_SCALE)
         size = sum(parameter.size for parameter in jax.tree.leaves(model))
         console.print(f"Compiling {self.preset}, {size / 1e6:.1f} M parameters")
-        state = init_state(model, optimizer)
+        state = init_state(model, muon)
         health_every = max(1, sum(self.steps) // 50)
         step = compile_train_step(
-            state, next(iter(stages[0].batches)), optimizer=optimizer, schedule=schedule, health_every=health_every
+            state, next(iter(stages[0].batches)), optimizer=muon, schedule=schedule, health_every=health_every
         )
 
         records: list[Record] = []
@@ -208,7 +208,8 @@ class Demo:
         if "" in self._prompts:
             raise ValueError("--prompts holds an empty one: expected text")
 
-    def _phases(self) -> list[Phase]:
+    def phases(self) -> list[Phase]:
+        """What is trained on, and at which rates."""
         from zamba2_jax.train.schedule import Phase
 
         copying, pretraining, annealing = self.steps
@@ -371,7 +372,7 @@ def summarize(
     console.print(f"Written to {directory}: {', '.join(OUTPUTS)}", soft_wrap=True)
 
 
-def _optimizer() -> Optimizer:
+def optimizer() -> Optimizer:
     """Muon, slower on all that a shared block's output is made by: see experiments/health."""
     from zamba2_jax.train.optimizer import Muon, ParameterGroup
 
