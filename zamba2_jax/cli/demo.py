@@ -82,7 +82,7 @@ class Demo:
     """Directory to write to: new, empty, or of an earlier demo, which is replaced."""
     seed: int = 0
     """Seed of the weights, the order of the data and the sampling."""
-    steps: tuple[int, int, int] = (240, 240, 800)
+    steps: tuple[int, int, int] = (240, 240, 840)
     """Training steps of copying, of pretraining and of annealing."""
     batch: int = 4
     """Rows per step."""
@@ -92,7 +92,7 @@ class Demo:
     """Peak of the learning rate in the first phases; annealing warms up to three quarters of it."""
     decay: Decay = "linear"
     """How the learning rate falls in annealing."""
-    replay: float = 0.2
+    replay: float = 0.3
     """Share of code in annealing."""
     copying: float = 0.05
     """Share of copying in pretraining and annealing."""
