@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.train.runs import ARCHITECTURE, table
+from zamba2_jax.cli.demo import INIT_SCALE, Demo, optimizer
 from zamba2_jax.config import Zamba2Config
 from zamba2_jax.train.config import RunConfig, differences, from_table, load_config
 from zamba2_jax.train.optimizer import Muon, ParameterGroup
@@ -33,11 +34,21 @@ del_ = object()
 
 
 def test_the_example_says_the_defaults_and_can_be_overridden():
-    config = load_config(EXAMPLE, ["phases.1.steps=9", "phases.1.warmup_steps = 1", "directory=/x y", "mesh.tensor=2"])
-    assert (config.phases[0].steps, config.phases[1].steps, config.phases[1].warmup_steps) == (240, 9, 1)
+    config = load_config(EXAMPLE, ["phases.2.steps=9", "phases.2.warmup_steps = 1", "directory=/x y", "mesh.tensor=2"])
+    assert (config.phases[0].steps, config.phases[2].steps, config.phases[2].warmup_steps) == (240, 9, 1)
     assert (config.directory, config.mesh.tensor) == ("/x y", 2)
     assert config.model.resolve() == Zamba2Config.preset("zamba2-nano")
-    assert config.optimizer == RunConfig.__dataclass_fields__["optimizer"].default_factory()
+
+
+def test_the_example_is_the_recipe_of_the_demo():
+    config, phases = load_config(EXAMPLE), Demo().phases()
+    assert config.optimizer == optimizer()
+    assert config.init_scale == INIT_SCALE
+    assert config.learning_rate == Demo().learning_rate
+    assert [dataclasses.replace(phase, shares={"": 1.0}) for phase in config.phases] == [
+        dataclasses.replace(phase, shares={"": 1.0}) for phase in phases
+    ]
+    assert [phase.shares for phase in config.phases] == [pytest.approx(phase.shares) for phase in phases]
 
 
 def test_what_is_saved_is_what_was_read(tmp_path):
@@ -110,7 +121,7 @@ def test_mistakes_are_named(tmp_path, path, value, message):
     ("override", "message"),
     [
         ("seed", "--set seed: expected key=value"),
-        ("phases.2.steps=1", "--set phases.2.steps=1: phases has the entries 0 to 1, not 2"),
+        ("phases.3.steps=1", "--set phases.3.steps=1: phases has the entries 0 to 2, not 3"),
         ("seed.x=1", "--set seed.x=1: seed is 0, expected a table"),
         ("sed=1", "sed is unknown: did you mean 'seed'?"),
         ("seed=one", "seed='one': expected an integer"),

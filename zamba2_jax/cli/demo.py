@@ -58,12 +58,12 @@ attention sees the token it stands at, and the shared blocks' output is not smal
 SILENCED = {
     "all.attention": "attention uniform",
     "all.adapters": "adapters at 0",
-    "all.mlp": "shared MLPs at their means",
     "all.shared": "shared blocks at their means",
     "hybrid.mixer": "mixers of hybrid layers at their means",
     "plain.mixer": "mixers of plain layers at their means",
 }
-"""Parts that are silenced at the end, and how the table says it; see `evaluate.necessity`."""
+"""Parts that are silenced at the end, and how the table says it; see `evaluate.necessity`. A shared block without its MLP
+gives the same to every token, so that the MLPs are worth what the blocks are."""
 
 PROMPTS = ("The value of", "If a class defines", "When an exception is raised,", "A function is")
 
