@@ -62,8 +62,9 @@ SILENCED = {
     "hybrid.mixer": "mixers of hybrid layers at their means",
     "plain.mixer": "mixers of plain layers at their means",
 }
-"""Parts that are silenced at the end, and how the table says it; see `evaluate.necessity`. A shared block without its MLP
-gives the same to every token, so that the MLPs are worth what the blocks are."""
+"""Parts that are silenced at the end, and how the table says it; see `evaluate.necessity`.
+
+Without its MLP a shared block gives the same to every token: the MLPs are worth what the blocks are."""
 
 PROMPTS = ("The value of", "If a class defines", "When an exception is raised,", "A function is")
 
