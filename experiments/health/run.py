@@ -85,7 +85,7 @@ def main() -> None:
         parser.error(f"--seeds {options.seeds} --output {options.output}: expected a number >= 1 and a directory")
 
     config, seeds = Zamba2Config.preset("zamba2-nano"), range(options.seeds)
-    collapse, recipes, early, steps = COLLAPSE, RECIPES, 120, (200, 80, 240)
+    collapse, recipes, early, steps = COLLAPSE, RECIPES, 120, (200, 60, 140)
     if options.quick:
         config = dataclasses.replace(config, vocab_size=512, hidden_size=32, mamba_heads=2, num_layers=3,
                                      hybrid_layer_ids=(1, 2), ffn_size=48, d_state=8)  # fmt: skip
@@ -255,7 +255,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
             copies.plot(run["copying"]["accuracy"], place, "o", color="#3a7d44")
             silenced = run["copying"]["silenced"]["all.attention"]["accuracy"]
             copies.plot(silenced, place, "o", color="#c44e2b", fillstyle="none")
-    copies.set(xlim=(-0.03, 1.03), xlabel="symbols copied right; open: attention uniform", title="Recipes, 520 steps")
+    copies.set(xlim=(-0.03, 1.03), xlabel="symbols copied right; open: attention uniform", title="Recipes, 400 steps")
     copies.set_yticks(range(len(names)), names)
     copies.invert_yaxis()
     figure.savefig(path)
