@@ -7,7 +7,10 @@ import nbformat
 
 
 def run(path: Path) -> nbformat.NotebookNode:
-    """The notebook with the outputs of a fresh kernel, started beside it; nothing in it says when or on what it ran."""
+    """The notebook with the outputs of a fresh kernel, started beside it.
+
+    Nothing in it tells when it ran, or in which environment: neither times of cells, nor what libraries warn of.
+    """
     notebook = nbformat.read(path, as_version=4)
     metadata = notebook.metadata.copy()
     client = nbclient.NotebookClient(
@@ -19,6 +22,9 @@ def run(path: Path) -> nbformat.NotebookNode:
     )
     client.execute()
     notebook.metadata = metadata
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
     return notebook
 
 
