@@ -5,7 +5,7 @@ export JAX_PLATFORMS ?= cpu
 # Large pages: XLA takes fresh memory at every call, and the faults of small ones are a third of a step.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo check test test-full lint clean clean-cache
+.PHONY: demo check test test-full notebooks lint clean clean-cache
 
 demo: .venv/base
 	$(BIN)/zamba2 demo
@@ -19,6 +19,10 @@ test: lint
 
 test-full: .venv/full lint
 	$(BIN)/pytest -n 2 --dist worksteal -m ""
+
+# Runs the notebooks and stores what they show.
+notebooks: .venv/dev
+	$(BIN)/python notebooks/run.py
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -41,6 +45,6 @@ lint: .venv/dev
 clean:
 	rm -rf .venv demo-output .mypy_cache .pytest_cache .ruff_cache
 
-# The programs that the tests have compiled, in the user's cache, for all clones.
+# What is in the user's cache for all clones: the programs that the tests have compiled, the models of the notebooks.
 clean-cache:
-	rm -rf "$${XDG_CACHE_HOME:-$$HOME/.cache}/zamba2-jax/tests"
+	rm -rf "$${XDG_CACHE_HOME:-$$HOME/.cache}/zamba2-jax/tests" "$${XDG_CACHE_HOME:-$$HOME/.cache}/zamba2-jax/notebooks"

@@ -3,8 +3,9 @@ from pathlib import Path
 
 import pytest
 
-nbformat = pytest.importorskip("nbformat", reason="notebooks are run with nbclient, which is not installed")
-nbclient = pytest.importorskip("nbclient", reason="notebooks are run with nbclient, which is not installed")
+pytest.importorskip("nbclient", reason="notebooks are run with nbclient, which is not installed")
+
+from notebooks.run import run
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 NEEDS_TORCH = {"quickstart"}
@@ -14,6 +15,5 @@ NEEDS_TORCH = {"quickstart"}
 def test_notebook_runs_from_the_first_cell_to_the_last(path):
     if path.stem in NEEDS_TORCH and importlib.util.find_spec("torch") is None:
         pytest.skip("the notebook compares with PyTorch, which is not installed")
-    notebook = nbformat.read(path, as_version=4)
-    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(path.parent)}}).execute()
+    notebook = run(path)
     assert any(output.get("data", {}).get("image/png") for cell in notebook.cells for output in cell.get("outputs", []))
