@@ -79,6 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few steps, a smaller model, one seed, two variants each")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each variant")
+    parser.add_argument("--part", choices=["collapse", "recipes"], help="one part alone; the other's results are kept")
     parser.add_argument("--output", type=Path, default=HERE, help="directory for results.json and figure.png")
     options = parser.parse_args()
     if options.seeds < 1 or not options.output.is_dir():
@@ -92,14 +93,17 @@ def main() -> None:
         collapse, recipes = (dict(list(variants.items())[:2]) for variants in (COLLAPSE, RECIPES))
         seeds, early, steps = range(1), 12, (6, 6, 6)
     corpus = tokenize_embedded_corpus(config.vocab_size)
+    done = options.output / "results.json"
     results: dict[str, Any] = {"collapse": {}, "recipes": {}}
-    for name, variant in collapse.items():
+    if options.part and done.exists():
+        results |= json.loads(done.read_text(encoding="utf-8"))
+    for name, variant in collapse.items() if options.part != "recipes" else ():
         results["collapse"][name] = [collapse_run(config, corpus, variant, early, seed) for seed in seeds]
         print(name, [max(run["ratio"][-1]) for run in results["collapse"][name]], flush=True)
-    for name, variant in recipes.items():
+    for name, variant in recipes.items() if options.part != "collapse" else ():
         results["recipes"][name] = [recipe_run(config, corpus, variant, steps, seed) for seed in seeds]
         print(name, json.dumps(results["recipes"][name][0]), flush=True)
-    (options.output / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    done.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     plot(results, options.output / "figure.png")
     print(table(results))
 
