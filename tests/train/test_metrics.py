@@ -39,6 +39,7 @@ def test_lines_are_valid_json(tmp_path):
         "held_out": "prose",
         "loss": 2.0,
         "accuracy": 0.25,
+        "bits_per_byte": None,
         "perplexity": math.exp(2.0),
     }
 

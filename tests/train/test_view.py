@@ -6,7 +6,7 @@ import struct
 import pytest
 from rich.console import Console
 
-from zamba2_jax.train.curves import plot_curves
+from zamba2_jax.train.curves import plot_run
 from zamba2_jax.train.metrics import CallHealth, EvalRecord, GroupHealth, HealthRecord, TrainRecord
 from zamba2_jax.train.progress import ProgressView
 from zamba2_jax.train.schedule import Phase, learning_rate
@@ -84,8 +84,11 @@ def test_bars_on_a_terminal():
 def test_picture(phases, tmp_path):
     names = {phase.name for phase in phases}
     shown = [record for record in records() if record.phase in names]
-    plot_curves(shown, phases, learning_rate(phases, 1e-3), tmp_path / "c.png")
+    call = CallHealth(ratio=0.3, share=0.2, entropy=(0.5, 0.75))
+    shown.append(HealthRecord(phase="annealing", step=60, calls={"layers.2": call}, groups={}))
+    costs = {"prose": {"all.attention": 0.05, "all.mixer": 2.0}, "code": {"all.attention": -0.001, "all.mixer": 1.0}}
+    plot_run(shown, phases, learning_rate(phases, 1e-3), tmp_path / "c.png", costs=costs)
     header = (tmp_path / "c.png").read_bytes()[:24]
     assert header[:8] == b"\x89PNG\r\n\x1a\n"
-    assert struct.unpack(">II", header[16:]) == (1170, 780)
+    assert struct.unpack(">II", header[16:]) == (1170, 1430)
     assert [path.name for path in tmp_path.iterdir()] == ["c.png"]
