@@ -117,3 +117,21 @@ def test_the_work_is_linear():
         data = (text * 4000)[:4000]
         assert work(data) < 12 * len(data)
         assert work(data) <= 4.1 * work(data[:1000])
+
+
+def test_a_token_may_end_one_character_and_begin_the_next():
+    tokens = [b"\xf1", b"\xb6", b"\xad", b"\x89\xf0", b"\x9f", b"\x8e", b"\x89", b"!"]
+    stream = TextStream(lambda tokens: b"".join(tokens).decode(errors="replace"))
+    assert [*map(stream.add, tokens), stream.end()] == ["", "", "", "", "", "", "\U0006db49\U0001f389", "!", ""]
+
+
+def test_the_replacement_character_itself_is_text():
+    def decode(tokens):  # of bytes without a whole character, as sentencepiece's byte tokens are decoded
+        try:
+            return bytes(tokens).decode()
+        except UnicodeDecodeError:
+            return "\N{REPLACEMENT CHARACTER}" * len(tokens)
+
+    text = "\N{REPLACEMENT CHARACTER}Û"
+    stream = TextStream(decode)
+    assert "".join([*map(stream.add, text.encode()), stream.end()]) == text

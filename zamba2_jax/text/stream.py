@@ -13,6 +13,9 @@ UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 PENDING = 3
 """Most tokens of a character that is not finished: one byte less than the longest characters of UTF-8 have."""
 
+LONGEST_PENDING = 32
+"""Most tokens that are kept where each ends one character and begins the next."""
+
 _TAILS = (4, 8, 16, 32, 64)  # how many tokens before a text stand for all of them, if they can
 
 
@@ -131,15 +134,29 @@ class TextStream:
         if not text.endswith(UNFINISHED):
             return self._take(self._advance(text, len(self._pending)))
         overdue = len(self._pending) - PENDING
-        if overdue <= 0:
+        if overdue <= 0 or self._is_whole(text):
             return ""
-        return self._take(self._advance(self._decode([*self._context, *self._pending[:overdue]]), overdue))
+        counts = [overdue]
+        if text[len(self._base) :].count(UNFINISHED) < len(self._pending):
+            # Not each token is a byte that is no character: three may be U+FFFD, which looks like one unfinished.
+            counts.append(len(self._pending) - 1)
+        texts = {n: self._decode([*self._context, *self._pending[:n]]) for n in counts}
+        count = min(texts, key=lambda n: (texts[n].count(UNFINISHED), -n))
+        return self._take(self._advance(texts[count], count))
 
     def end(self) -> str:
         """The rest of the text."""
         piece = "" if self.stopped else self._take(self._rest())
         held, self._held = self._held, []
         return piece + self._give(held)
+
+    def _is_whole(self, text: str) -> bool:
+        """Whether all but the end of the pending text is whole characters.
+
+        A token may end one character and begin the next, and so leave no token after which all are whole.
+        """
+        whole = text[len(self._base) :].rstrip(UNFINISHED)
+        return bool(whole) and UNFINISHED not in whole and len(self._pending) <= LONGEST_PENDING
 
     def _rest(self) -> str:
         """The text of tokens that no character was made of."""
