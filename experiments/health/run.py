@@ -24,7 +24,7 @@ from zamba2_jax.evaluate import necessity
 from zamba2_jax.train.corpus import TokenizedCorpus, tokenize_embedded_corpus
 from zamba2_jax.train.data import Batch, held_out
 from zamba2_jax.train.loop import make_stages, train
-from zamba2_jax.train.metrics import HealthRecord, Record
+from zamba2_jax.train.metrics import HEALTHY_RATIOS, HealthRecord, Record
 from zamba2_jax.train.optimizer import AdamW, Muon, Optimizer, ParameterGroup
 from zamba2_jax.train.patterns import scale_matrices
 from zamba2_jax.train.schedule import Phase, learning_rate
@@ -251,7 +251,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
             largest = [max(calls) for calls in run["ratio"]]
             ratios.plot(run["steps"], largest, color=f"C{i}", linewidth=1, label=None if k else name)
     ratios.set(yscale="log", xlabel="step", ylabel="largest rms(shared output) / rms(residual)", title="Code alone")
-    ratios.axhspan(0.05, 3, color="#e7f2e7", zorder=0)
+    ratios.axhspan(*HEALTHY_RATIOS, color="#e7f2e7", zorder=0)
     ratios.legend(fontsize=7)
     names = list(results["recipes"])
     for place, name in enumerate(names):

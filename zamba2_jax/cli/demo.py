@@ -320,7 +320,7 @@ def summarize(
         console: to print to.
         seconds: that all of it took.
     """
-    from zamba2_jax.train.metrics import EvalRecord, HealthRecord, TrainRecord, bits_per_byte
+    from zamba2_jax.train.metrics import HEALTHY_RATIOS, EvalRecord, HealthRecord, TrainRecord, bits_per_byte
 
     train_records = [record for record in records if isinstance(record, TrainRecord)]
     trained, training = (sum(getattr(record, name) for record in train_records) for name in ("tokens", "seconds"))
@@ -355,7 +355,8 @@ def summarize(
     for part, words in SILENCED.items():
         costs.add_row(words, *(f"{found[part].increase:+.3f}" for found in needed.values()))
     copied, low, high = needed["copying"], min(ratios.values()), max(ratios.values())
-    healthy = low >= 0.05 and high <= 3
+    idle, drowned = HEALTHY_RATIOS
+    healthy = idle <= low and high <= drowned
     for table in (losses, costs):
         console.print()
         console.print(table)
@@ -366,7 +367,7 @@ def summarize(
     )
     console.print(
         f"What its shared blocks add to their layers' input is {low:.2g} to {high:.2g} times the residual stream; "
-        f"{'healthy' if healthy else 'NOT healthy, see docs/health.md: healthy'} is 0.05 to 3.",
+        f"{'healthy' if healthy else 'NOT healthy, see docs/health.md: healthy'} is {idle:g} to {drowned:g}.",
         soft_wrap=True,
     )
     console.print(f"{trained:,} tokens at {trained / training:,.0f} tokens/s; {seconds:.0f} s in all")

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from zamba2_jax.files import write_atomically
-from zamba2_jax.train.metrics import EvalRecord, HealthRecord, Record, TrainRecord
+from zamba2_jax.train.metrics import HEALTHY_RATIOS, EvalRecord, HealthRecord, Record, TrainRecord
 from zamba2_jax.train.schedule import Phase, boundaries
 
 _SHADES = ("#eef3fa", "#faf1e6")
@@ -76,7 +76,7 @@ def _plot_health(axis: Axes, records: Sequence[Record]) -> None:
     for i, layer in enumerate(health[0].calls if health else ()):
         ratios = [record.calls[layer].ratio for record in health]
         axis.plot([record.step for record in health], ratios, color=f"C{i % 10}", linewidth=1.2, label=layer)
-    for bound in (0.05, 3):
+    for bound in HEALTHY_RATIOS:
         axis.axhline(bound, color="#55595e", linestyle=":", linewidth=1)
     axis.set_yscale("log")
     axis.set_ylabel("shared output / residual")

@@ -124,6 +124,9 @@ class HealthRecord:
     groups: Mapping[str, GroupHealth]
 
 
+HEALTHY_RATIOS = (0.05, 3.0)
+"""Of `CallHealth`: between idle and drowning. A run warns further out, see `train.health`."""
+
 Record = TrainRecord | EvalRecord | HealthRecord
 Report = Callable[[Record], None]
 
