@@ -80,7 +80,7 @@ def _plot_health(axis: Axes, records: Sequence[Record]) -> None:
         axis.axhline(bound, color="#55595e", linestyle=":", linewidth=1)
     axis.set_yscale("log")
     axis.set_ylabel("shared output / residual")
-    axis.legend(loc="upper right", framealpha=1, ncols=4, fontsize=8)
+    axis.legend(loc="lower right", framealpha=1, ncols=4, fontsize=8)
 
 
 def _plot_costs(axis: Axes, costs: Mapping[str, Mapping[str, float]]) -> None:
