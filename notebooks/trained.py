@@ -15,19 +15,19 @@ import numpy as np
 from flax import nnx
 
 import zamba2_jax
-from zamba2_jax import Zamba2, Zamba2Config, load_hf, load_tokenizer, save_hf
+from zamba2_jax import Zamba2, load_hf, load_tokenizer, preset, save_hf
 from zamba2_jax.cli.demo import INIT_SCALE, optimizer
+from zamba2_jax.data.synthetic import Copying, Synthetic, open_synthetic
 from zamba2_jax.text.tokenizer import Tokenizer
 from zamba2_jax.text.vocabulary import save_tokenizer, train_tokenizer
 from zamba2_jax.train.loop import make_stages, train
 from zamba2_jax.train.patterns import scale_matrices
 from zamba2_jax.train.schedule import Phase, learning_rate
 from zamba2_jax.train.step import compile_train_step, init_state
-from zamba2_jax.train.synthetic import Copying, Synthetic, open_synthetic
 
 VOCABULARY, LENGTH, STEPS = 270, 48, 220
 CONFIG = dataclasses.replace(
-    Zamba2Config.preset("zamba2-nano"),
+    preset("zamba2-nano"),
     vocab_size=VOCABULARY,
     hidden_size=48,
     num_layers=2,

@@ -26,13 +26,16 @@ from jax.experimental import topologies
 
 PACKAGE = Path(__file__).parent.parent / "zamba2_jax"
 
-# Not the cache: its dataclasses also hold shapes and shardings, under `jax.eval_shape` for one.
+# Not what has dataclasses that also hold shapes and shardings, under `jax.eval_shape` for one; nor what has no arrays.
+UNCHECKED = {"nn/cache.py", "nn/context.py", "models/registry.py"}
 CHECKED = [
-    f"zamba2_jax.{folder}.{file.stem}" for folder in ("ops", "model") for file in (PACKAGE / folder).glob("*.py")
+    ".".join(("zamba2_jax", *file.relative_to(PACKAGE).with_suffix("").parts))
+    for floor in ("ops", "nn", "models")
+    for file in (PACKAGE / floor).rglob("*.py")
+    if str(file.relative_to(PACKAGE)) not in UNCHECKED and file.stem not in ("config", "config_json", "family", "flops")
 ]
-CHECKED.remove("zamba2_jax.model.cache")
 jaxtyping.install_import_hook(
-    [*CHECKED, "zamba2_jax.generate.decode", "zamba2_jax.generate.score"], "beartype.beartype"
+    [*CHECKED, "zamba2_jax.inference.decode", "zamba2_jax.evaluate.score"], "beartype.beartype"
 )
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 
-from zamba2_jax import Zamba2, Zamba2Config
+from zamba2_jax import Zamba2, preset
 
 COMMAND = [
     sys.executable,
@@ -21,7 +21,7 @@ COMMAND = [
 ]
 """`zamba2` as a process, which Ctrl-C interrupts even if the tests run in the background."""
 
-TINY = Zamba2Config.preset("zamba2-tiny")
+TINY = preset("zamba2-tiny")
 
 # Three layers, one of them plain, and one block called twice: what compiles fast and has all there is to go wrong.
 SMALL = dataclasses.replace(TINY, num_layers=3, hybrid_layer_ids=(0, 2), num_shared_blocks=1, vocab_size=32)
@@ -81,7 +81,7 @@ def as_dtype(tree, dtype):
     )
 
 
-@partial(jax.jit, static_argnames="implementation")
+@partial(jax.jit, static_argnames=("backend", "tap"))
 def forward(model, tokens=None, segment_ids=None, positions=None, **kwargs):
     return model(tokens, segment_ids, positions, **kwargs)
 

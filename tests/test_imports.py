@@ -14,7 +14,9 @@ import pytest
 import zamba2_jax
 
 PACKAGE = pathlib.Path(zamba2_jax.__file__).parent
-ORDER = "choices files config typing ops sharding model checkpoint text generate train evaluate plan parity cli".split()
+ORDER = """
+    choices files typing ops parallel nn models interpret checkpoint text data inference train evaluate parity plan cli
+""".split()
 TOP = ("__init__", "__main__")
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.helpers import SMALL, abstract_model, random_model
-from zamba2_jax.model.parameter import named_parameters
+from zamba2_jax.nn.parameter import named_parameters
 from zamba2_jax.typing import at_least_fp32, cast_matrices, param_dtype
 
 

@@ -18,18 +18,18 @@ import numpy as np
 from flax import nnx
 from matplotlib.figure import Figure
 
-from zamba2_jax import Zamba2, Zamba2Config, capture
+from zamba2_jax import Zamba2, Zamba2Config, capture, preset
 from zamba2_jax.cli.demo import INIT_SCALE, SILENCED, Demo
+from zamba2_jax.data.batches import Batch, held_out
+from zamba2_jax.data.corpus import TokenizedCorpus, tokenize_embedded_corpus
+from zamba2_jax.data.synthetic import Copying, open_synthetic
 from zamba2_jax.evaluate import necessity
-from zamba2_jax.train.corpus import TokenizedCorpus, tokenize_embedded_corpus
-from zamba2_jax.train.data import Batch, held_out
 from zamba2_jax.train.loop import make_stages, train
 from zamba2_jax.train.metrics import HEALTHY_RATIOS, HealthRecord, Record
 from zamba2_jax.train.optimizer import AdamW, Muon, Optimizer, ParameterGroup
 from zamba2_jax.train.patterns import scale_matrices
 from zamba2_jax.train.schedule import Phase, learning_rate
 from zamba2_jax.train.step import TrainState, compile_train_step, init_state
-from zamba2_jax.train.synthetic import Copying, open_synthetic
 
 HERE = Path(__file__).parent
 LENGTH, ROWS, RATE = 128, 4, 1e-2
@@ -85,7 +85,7 @@ def main() -> None:
     if options.seeds < 1 or not options.output.is_dir():
         parser.error(f"--seeds {options.seeds} --output {options.output}: expected a number >= 1 and a directory")
 
-    config, seeds = Zamba2Config.preset("zamba2-nano"), range(options.seeds)
+    config, seeds = preset("zamba2-nano"), range(options.seeds)
     collapse, recipes, early, steps = COLLAPSE, RECIPES, 120, (200, 60, 140)
     if options.quick:
         config = dataclasses.replace(config, vocab_size=512, hidden_size=32, mamba_heads=2, num_layers=3,
@@ -139,7 +139,7 @@ def collapse_run(
 @jax.jit
 def _look(model: Zamba2, batch: Batch) -> dict[str, Any]:
     wanted = ("embed", "layers.0.output", "layers.*.mamba.output")
-    taps = capture(model, jnp.asarray(batch.tokens), segment_ids=jnp.asarray(batch.segment_ids), select=wanted)[1]
+    taps = capture(model, jnp.asarray(batch.tokens), segment_ids=jnp.asarray(batch.segment_ids), select=wanted).values
 
     def constant(layer: int) -> jax.Array:
         output = taps[f"layers.{layer}.mamba.output"].reshape(-1, model.config.hidden_size)

@@ -19,9 +19,10 @@ from tests.checkpoint.variants import VARIANTS
 from tests.helpers import assert_close, forward, random_model, random_tokens
 from zamba2_jax import Zamba2Config, load_hf, save_hf
 from zamba2_jax.checkpoint import hf
-from zamba2_jax.checkpoint.layout import tensors
-from zamba2_jax.model.parameter import named_parameters, with_values
-from zamba2_jax.sharding import make_mesh
+from zamba2_jax.models.registry import config_json
+from zamba2_jax.models.zamba2.weights import tensors
+from zamba2_jax.nn.parameter import named_parameters, with_values
+from zamba2_jax.parallel.mesh import make_mesh
 
 TWO_BLOCKS = VARIANTS["two-blocks"]
 every_variant = pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
@@ -36,7 +37,7 @@ def read(directory):
 def write(directory, arrays, config):
     """A checkpoint of one file. `config` is ours, or the content of a config.json."""
     directory.mkdir(exist_ok=True)
-    content = config if isinstance(config, dict) else config.to_hf()
+    content = config if isinstance(config, dict) else config_json(config)
     (directory / "config.json").write_text(json.dumps(content))
     save_file(arrays, directory / "model.safetensors")
     return directory
@@ -153,7 +154,7 @@ def reference(torch, transformers):
 
     def make(config, dtype="float32"):
         torch.manual_seed(0)
-        theirs = transformers.Zamba2ForCausalLM(transformers.Zamba2Config(**config.to_hf()))
+        theirs = transformers.Zamba2ForCausalLM(transformers.Zamba2Config(**config_json(config)))
         with torch.no_grad():
             for parameter in theirs.parameters():
                 parameter.normal_(0, 0.1)
@@ -308,7 +309,7 @@ SPECS = {
     "shared.1.attention.o": ("fsdp", "tensor"),
     "shared.1.mlp.up": ("tensor", "fsdp"),
     "calls.2.attention.q_b": (("tensor", "fsdp"), None),
-    "calls.2.mlp_a": (None, "fsdp"),
+    "calls.2.mlp.a": (None, "fsdp"),
     "calls.2.linear": (None, "fsdp"),
 }
 
@@ -602,7 +603,7 @@ def test_loading_holds_the_model_and_little_else(tmp_path, stored, files, dtype)
     shapes = {name: t.shape for t in tensors(LARGE) for name in (t.name, *t.copies)}
     directory, weight_map = tmp_path / "large", {}
     directory.mkdir()
-    (directory / "config.json").write_text(json.dumps(LARGE.to_hf()))
+    (directory / "config.json").write_text(json.dumps(config_json(LARGE)))
     for number in range(files):
         names = list(shapes)[number::files]
         save_file({name: np.resize(noise, shapes[name]) for name in names}, directory / f"{number}.safetensors")

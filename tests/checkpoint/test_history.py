@@ -9,7 +9,7 @@ from flax import struct
 
 from tests.helpers import SMALL, abstract_model, random_model
 from zamba2_jax.checkpoint.history import Checkpoints
-from zamba2_jax.model import Zamba2
+from zamba2_jax.models.base import LanguageModel
 
 
 @struct.dataclass
@@ -17,8 +17,8 @@ class State:
     """A model and more, as a run has them."""
 
     step: jax.Array
-    model: Zamba2
-    moments: Zamba2
+    model: LanguageModel
+    moments: LanguageModel
 
 
 def state(step):

@@ -8,7 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tests.helpers import SMALL, abstract_model, random_model
 from zamba2_jax.checkpoint.store import restore_state, save_state
-from zamba2_jax.sharding import make_mesh
+from zamba2_jax.parallel.mesh import make_mesh
 from zamba2_jax.train.optimizer import AdamW
 from zamba2_jax.train.step import init_state
 

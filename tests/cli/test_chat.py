@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from tests.generate.checkpoints import write_checkpoint
+from tests.inference.checkpoints import write_checkpoint
 from zamba2_jax.checkpoint import hf
 from zamba2_jax.cli.chat import HELP
 from zamba2_jax.cli.main import main

@@ -8,18 +8,18 @@ import pytest
 from tokenizers import Tokenizer
 
 from tests.helpers import SMALL
-from zamba2_jax import config
 from zamba2_jax.checkpoint.hf import load_hf
 from zamba2_jax.checkpoint.store import restore_state
 from zamba2_jax.cli.demo import OUTPUTS, SILENCED, Demo, optimizer, prepare_output
 from zamba2_jax.cli.main import COMMANDS, main
+from zamba2_jax.models.zamba2.presets import PRESETS
 from zamba2_jax.train.step import init_state
 
 
 @pytest.fixture
 def small_preset(monkeypatch):
     monkeypatch.setitem(
-        config.PRESETS, "small", dataclasses.replace(SMALL, num_layers=2, hybrid_layer_ids=(1,), vocab_size=300)
+        PRESETS, "small", dataclasses.replace(SMALL, num_layers=2, hybrid_layer_ids=(1,), vocab_size=300)
     )
 
 

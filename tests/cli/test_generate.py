@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.generate.checkpoints import write_checkpoint
 from tests.helpers import COMMAND
+from tests.inference.checkpoints import write_checkpoint
 from zamba2_jax import generate, load_hf
 from zamba2_jax.checkpoint import hf
 from zamba2_jax.cli import options

@@ -3,15 +3,15 @@ import json
 import numpy as np
 import pytest
 
-from tests.generate.checkpoints import TEXT, write_checkpoint
+from tests.inference.checkpoints import TEXT, write_checkpoint
 from zamba2_jax import load_hf
 from zamba2_jax.cli import options
 from zamba2_jax.cli.main import main
+from zamba2_jax.data.batches import held_out
+from zamba2_jax.data.documents import in_memory
 from zamba2_jax.evaluate import necessity
 from zamba2_jax.text.frame import encode_documents, frame_of
 from zamba2_jax.text.tokenizer import load_tokenizer
-from zamba2_jax.train.data import held_out
-from zamba2_jax.train.documents import in_memory
 
 
 @pytest.fixture(scope="module")

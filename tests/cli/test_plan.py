@@ -5,8 +5,8 @@ import pytest
 
 from tests.helpers import TINY, abstract_model
 from zamba2_jax.cli.main import main
-from zamba2_jax.config import PRESETS
-from zamba2_jax.model.parameter import named_parameters
+from zamba2_jax.models.zamba2.presets import PRESETS
+from zamba2_jax.nn.parameter import named_parameters
 from zamba2_jax.plan.chips import describe_slice
 from zamba2_jax.plan.estimate import Job
 from zamba2_jax.plan.search import candidates

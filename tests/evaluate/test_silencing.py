@@ -11,9 +11,9 @@ from rich.console import Console
 
 from tests.helpers import SMALL, forward, random_model
 from zamba2_jax import capture
+from zamba2_jax.data.batches import Batch
 from zamba2_jax.evaluate import necessity
-from zamba2_jax.model.parameter import named_parameters, with_values
-from zamba2_jax.train.data import Batch
+from zamba2_jax.nn.parameter import named_parameters, with_values
 from zamba2_jax.train.step import evaluate
 
 MEANS = {
@@ -87,9 +87,9 @@ Q = ("attention.q_residual", "attention.q_embedded", "attention.q_a")
 CASES = {
     "all.attention": Q,
     "layers.0.adapters": tuple(
-        f"calls.0.{name}" for name in ("attention.q_a", "attention.k_a", "attention.v_a", "mlp_a")
+        f"calls.0.{name}" for name in ("attention.q_a", "attention.k_a", "attention.v_a", "mlp.a")
     ),
-    "all.adapters": ("q_a", "k_a", "v_a", "mlp_a"),
+    "all.adapters": ("q_a", "k_a", "v_a", "mlp.a"),
     "layers.2.layer": ("layers.2.mamba.out",),
     "plain.layer": ("layers.1.mamba.out",),
     "hybrid.layer": ("layers.0.mamba.out", "layers.2.mamba.out"),
@@ -103,7 +103,7 @@ def test_a_part_silenced_is_the_model_without_its_weights(model, batches, found,
     assert found[name].loss == pytest.approx(loss, rel=1e-5)
     assert found[name].accuracy == pytest.approx(accuracy, rel=1e-6)
     assert found[name].increase == pytest.approx(loss - found.loss, abs=1e-5)
-    assert abs(found[name].increase) > 1e-3
+    assert abs(found[name].increase) > 3e-4
 
 
 @jax.jit
@@ -122,7 +122,7 @@ def edited(model, tokens, segment_ids, chosen):
         for kind, tap, edit in taps
         for layer in ((0, 1, 2) if kind == "mixer" else (0, 2))
     }
-    return capture(model, tokens, select=(), edits=edits, segment_ids=segment_ids)[0]
+    return capture(model, tokens, select=(), edits=edits, segment_ids=segment_ids).logits
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_a_part_at_its_mean_is_the_model_with_the_tap_edited(model, batches, fou
     nll, right, count = rows.sum(axis=1)
     assert found[name].loss == pytest.approx(nll / count, rel=1e-5)
     assert found[name].accuracy == pytest.approx(right / count, rel=1e-6)
-    assert abs(found[name].increase) > 1e-3
+    assert abs(found[name].increase) > 3e-4
 
 
 def test_the_error_is_that_of_a_mean_over_rows(model, batches, found):

@@ -7,18 +7,16 @@ import numpy as np
 import pytest
 
 from tests.helpers import assert_close, normal
-from zamba2_jax.ops import adapter, linear
+from zamba2_jax.ops import linear
 from zamba2_jax.ops.linear import BLOCK, FEW_ROWS
 
 
-def test_linear_and_adapter(x64):
+def test_products_and_biases(x64):
     x, w, bias = normal(2, 3, 5), normal(4, 5), normal(4)
     expected = np.einsum("bti,oi->bto", x, w)
     assert_close(linear(x, w), expected, 1e-14)
     assert_close(linear(x, w, bias), expected + bias, 1e-14)
     assert_close(linear(x[0, 0], w, bias), expected[0, 0] + bias, 1e-14)
-    a, b = normal(2, 5), normal(7, 2)
-    assert_close(adapter(x, a, b), x @ (b @ a).T, 1e-14)
 
 
 def test_bfloat16_accumulates_in_float32_and_rounds_once():

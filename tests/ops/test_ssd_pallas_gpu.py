@@ -10,7 +10,7 @@ import pytest
 
 from tests.helpers import as_dtype, assert_close, assert_finite, for_a_gpu, normal
 from tests.ops.ssd_arguments import ssd_arguments
-from zamba2_jax import Zamba2Config
+from zamba2_jax import preset
 from zamba2_jax.ops.decay import log_decays
 from zamba2_jax.ops.ssd_pallas_gpu import Tuning, ssd_pallas_gpu
 from zamba2_jax.ops.ssd_reference import ssd_sequential
@@ -110,10 +110,10 @@ def test_extremes_stay_finite(dtype):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("preset", ["zamba2-1.2b", "zamba2-2.7b", "zamba2-7b"])
-def test_lowers_for_gpus(preset, dtype):
+@pytest.mark.parametrize("name", ["zamba2-1.2b", "zamba2-2.7b", "zamba2-7b"])
+def test_lowers_for_gpus(name, dtype):
     """To Triton, at the shapes of the released models. A row of up to 80 heads is cut, and so walked twice."""
-    config = Zamba2Config.preset(preset)
+    config = preset(name)
     rows, length, heads, channels = 1, 4096, config.mamba_heads, config.mamba_head_dim
     x = jax.ShapeDtypeStruct((rows, length, heads, channels), dtype)
     dt = jax.ShapeDtypeStruct((rows, length, heads), jnp.float32)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import as_dtype, assert_finite
-from zamba2_jax import Zamba2Config
+from zamba2_jax import preset
 from zamba2_jax.ops.decay import log_decays
 from zamba2_jax.ops.ssd_pallas_tpu import Tiling, choose_tiling, ssd_pallas_tpu, tiled_ssd
 from zamba2_jax.ops.ssd_reference import ssd_sequential
@@ -121,9 +121,9 @@ def test_other_dtypes_are_refused():
 TILINGS = {"zamba2-1.2b": Tiling(128, 4, 16), "zamba2-2.7b": Tiling(128, 2, 16), "zamba2-7b": Tiling(128, 2, 14)}
 
 
-@pytest.mark.parametrize(("preset", "tiling"), TILINGS.items())
-def test_released_models_need_no_padding(preset, tiling):
-    c = Zamba2Config.preset(preset)
+@pytest.mark.parametrize(("name", "tiling"), TILINGS.items())
+def test_released_models_need_no_padding(name, tiling):
+    c = preset(name)
     h, p, g, n = c.mamba_heads, c.mamba_head_dim, c.ngroups, c.d_state
     assert choose_tiling((1, 4096, h, p), (1, 4096, g, n), jnp.bfloat16) == tiling
     assert (h // g) % tiling.heads == 0

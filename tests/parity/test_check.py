@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 
+from zamba2_jax import preset
 from zamba2_jax.checkpoint.hf import save_hf
 from zamba2_jax.cli.parity import Parity
-from zamba2_jax.config import Zamba2Config
-from zamba2_jax.model import shared
+from zamba2_jax.models.zamba2 import shared
 from zamba2_jax.parity.case import VARIANTS, Case
 from zamba2_jax.parity.check import check
 from zamba2_jax.parity.evidence import GROUPS
@@ -119,7 +119,7 @@ def test_without_gradients_all_else_is_compared():
 
 
 def test_a_clamped_time_step_has_no_reference():
-    config = dataclasses.replace(Zamba2Config.preset("zamba2-tiny"), time_step_limit=(0.01, math.inf))
+    config = dataclasses.replace(preset("zamba2-tiny"), time_step_limit=(0.01, math.inf))
     with pytest.raises(ValueError, match="time_step_limit"):
         check(Case("clamped", config))
 

@@ -8,7 +8,8 @@ import pathlib
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from zamba2_jax import Zamba2Config
+from zamba2_jax import preset
+from zamba2_jax.models.registry import config_json
 from zamba2_jax.text.tokenizer import load_tokenizer
 
 TEXT = (
@@ -18,7 +19,7 @@ TEXT = (
     "user says: don't  say   three    words!\n\n\tTabs, too.\r\n"
 )
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "<s>", "</s>", "<unk>", "<extra>", "[INST]")
-CONFIG = Zamba2Config.preset("zamba2-1.2b").to_hf()
+CONFIG = config_json(preset("zamba2-1.2b"))
 
 
 def write(path, settings=None, **files):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import SMALL, random_model
-from zamba2_jax.train.data import Batch
+from zamba2_jax.data.batches import Batch
 
 # A plain and a hybrid layer, and biases, so that all there is to train is there.
 CONFIG = dataclasses.replace(SMALL, num_layers=2, hybrid_layer_ids=(1,), add_bias_linear=True)

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from tests.train.runs import ARCHITECTURE, table
+from zamba2_jax import preset
 from zamba2_jax.cli.demo import INIT_SCALE, Demo, optimizer
-from zamba2_jax.config import Zamba2Config
+from zamba2_jax.data.synthetic import Recall
 from zamba2_jax.train.config import RunConfig, differences, from_table, load_config
 from zamba2_jax.train.optimizer import Muon, ParameterGroup
-from zamba2_jax.train.synthetic import Recall
 
 EXAMPLE = Path(__file__).parents[2] / "experiments" / "nano.toml"
 
@@ -37,7 +37,7 @@ def test_the_example_says_the_defaults_and_can_be_overridden():
     config = load_config(EXAMPLE, ["phases.2.steps=9", "phases.2.warmup_steps = 1", "directory=/x y", "mesh.tensor=2"])
     assert (config.phases[0].steps, config.phases[2].steps, config.phases[2].warmup_steps) == (240, 9, 1)
     assert (config.directory, config.mesh.tensor) == ("/x y", 2)
-    assert config.model.resolve() == Zamba2Config.preset("zamba2-nano")
+    assert config.model.resolve() == preset("zamba2-nano")
 
 
 def test_the_example_is_the_recipe_of_the_demo():

@@ -13,8 +13,8 @@ from tests.helpers import assert_close, random_model
 from tests.ops.test_attention_entropy import entropies
 from tests.train.test_step_config import CONFIG, packed
 from zamba2_jax import capture
-from zamba2_jax.model.parameter import named_parameters
-from zamba2_jax.sharding import make_mesh, shard_model
+from zamba2_jax.nn.parameter import named_parameters
+from zamba2_jax.parallel.mesh import make_mesh, shard_model
 from zamba2_jax.train.health import IN_A_ROW, HealthWatch, group_of, health_record, worst
 from zamba2_jax.train.metrics import CallHealth, GroupHealth, HealthRecord
 from zamba2_jax.train.optimizer import AdamW
@@ -36,7 +36,7 @@ def of_taps(model, batch):
     """The calls' numbers, in numpy, from what flows in a plain pass."""
     select = ("*.input", "*.shared.output", "*.attention.q", "*.attention.k")
     tokens, segment_ids = map(jnp.asarray, (batch.tokens, batch.segment_ids))
-    _, seen = jax.jit(lambda model: capture(model, tokens, select=select, segment_ids=segment_ids))(model)
+    _, seen, _ = jax.jit(lambda model: capture(model, tokens, select=select, segment_ids=segment_ids))(model)
     seen, real = {name: np.asarray(value) for name, value in seen.items()}, batch.segment_ids != 0
     found = {}
     for layer in (f"layers.{i}" for i in model.config.hybrid_layer_ids):

@@ -1,6 +1,6 @@
 from notebooks.trained import LENGTH, copying_task, train_copying_model
+from zamba2_jax.data.batches import held_out
 from zamba2_jax.evaluate import necessity
-from zamba2_jax.train.data import held_out
 
 
 def test_a_small_hybrid_learns_to_copy_and_needs_attention_and_mixers_for_it():

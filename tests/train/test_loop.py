@@ -10,8 +10,8 @@ import pytest
 from tests.helpers import random_model
 from tests.train.conftest import CONFIG
 from zamba2_jax.checkpoint.store import restore_state, save_state
-from zamba2_jax.train.data import held_out
-from zamba2_jax.train.documents import in_memory
+from zamba2_jax.data.batches import held_out
+from zamba2_jax.data.documents import in_memory
 from zamba2_jax.train.loop import DivergedError, Position, make_stages, train
 from zamba2_jax.train.metrics import EvalRecord, HealthRecord, TrainRecord
 from zamba2_jax.train.optimizer import AdamW

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from zamba2_jax.checkpoint.store import restore_state, save_state
-from zamba2_jax.model.parameter import named_parameters
+from zamba2_jax.nn.parameter import named_parameters
 from zamba2_jax.train.optimizer import AdamW, Muon, ParameterGroup, decay_mask
 from zamba2_jax.train.patterns import scale_matrices
 from zamba2_jax.train.step import init_state

@@ -18,11 +18,11 @@ from tests.train.runs import ARCHITECTURE, config, losses, numbers, table
 from zamba2_jax.checkpoint.hf import load_hf
 from zamba2_jax.checkpoint.history import Checkpoints
 from zamba2_jax.cli.main import main
+from zamba2_jax.parallel.hosts import run_mesh
 from zamba2_jax.text.vocabulary import train_tokenizer
 from zamba2_jax.train import run as run_module
 from zamba2_jax.train.config import RunConfig, from_table
 from zamba2_jax.train.directory import NAMES, claim
-from zamba2_jax.train.hosts import run_mesh
 from zamba2_jax.train.loop import DivergedError
 from zamba2_jax.train.metrics import read_records
 from zamba2_jax.train.run import run

@@ -15,7 +15,7 @@ import pytest
 from tests.helpers import COMMAND
 from tests.train.runs import config, losses, numbers, table
 from zamba2_jax.checkpoint.history import Checkpoints
-from zamba2_jax.train.hosts import run_mesh
+from zamba2_jax.parallel.hosts import run_mesh
 from zamba2_jax.train.metrics import read_records
 from zamba2_jax.train.step import abstract_state
 

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zamba2_jax.model.parameter import named_parameters, with_values
-from zamba2_jax.sharding import make_mesh, shard_model
-from zamba2_jax.train.data import Batch
+from zamba2_jax.data.batches import Batch
+from zamba2_jax.nn.parameter import named_parameters, with_values
+from zamba2_jax.parallel.mesh import make_mesh, shard_model
 from zamba2_jax.train.optimizer import AdamW, Muon, ParameterGroup
 from zamba2_jax.train.stacks import Stacking
 from zamba2_jax.train.step import compile_train_step, evaluate, init_state, train_step

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import Counter
-from functools import cache, partial
+from functools import cache
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,9 @@ from jax.extend.core import jaxprs_in_params
 
 from tests.helpers import SMALL, TINY, assert_close, random_model, random_tokens
 from zamba2_jax import next_token_loss
-from zamba2_jax.model.stack import hidden_states
-from zamba2_jax.sharding import make_mesh, shard_model
-from zamba2_jax.train.data import Batch
+from zamba2_jax.data.batches import Batch
+from zamba2_jax.models.layers import LayerOptions
+from zamba2_jax.parallel.mesh import make_mesh, shard_model
 from zamba2_jax.train.optimizer import AdamW
 from zamba2_jax.train.step import StepConfig, evaluate, init_state, loss_and_gradient, train_step
 
@@ -91,7 +91,8 @@ def test_of_sums_of_products_no_terms_are_kept():
     tokens = jnp.asarray(packed().tokens)
 
     def kept(model):
-        return jax.vjp(partial(hidden_states, tokens=tokens, remat="matmuls", dtype=jnp.bfloat16), model)[1]
+        options = LayerOptions(remat="matmuls", dtype=jnp.bfloat16, training=True)
+        return jax.vjp(lambda model: model.run(tokens, options=options).h, model)[1]
 
     leaves = jax.tree.leaves(jax.eval_shape(kept, random_model(CONFIG)))
     counts = Counter((leaf.shape[2:], leaf.dtype.name) for leaf in leaves if leaf.shape[:2] == (ROWS, LENGTH))
@@ -169,7 +170,7 @@ def test_z_loss_adds_the_mean_square_of_the_normalizer_to_what_is_minimised(x64)
         ({"compute_dtype": "float16"}, "compute_dtype='float16': expected one of None, float32, bfloat16"),
         ({"z_loss": -1.0}, "z_loss=-1.0: expected a finite number >= 0"),
         ({"loss_chunk": 0}, "loss_chunk=0: expected an integer >= 1"),
-        ({"implementation": "cuda"}, "implementation='cuda': expected one of None, xla"),
+        ({"scan": "cuda"}, "scan='cuda': expected one of None, xla"),
     ],
 )
 def test_wrong_options_are_named(options, message):

@@ -19,12 +19,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from zamba2_jax.checkpoint.hub import local_directory
-from zamba2_jax.checkpoint.layout import Tensor, ignored, tensors
-from zamba2_jax.config import Zamba2Config
 from zamba2_jax.files import read_json
-from zamba2_jax.model.parameter import named_parameters, with_values
-from zamba2_jax.model.zamba2 import Zamba2
-from zamba2_jax.sharding import check_mesh, parameter_sharding
+from zamba2_jax.models.base import LanguageModel
+from zamba2_jax.models.registry import config_json, family_of, init_model, read_config
+from zamba2_jax.models.tensors import Tensor
+from zamba2_jax.nn.config import ModelConfig
+from zamba2_jax.nn.parameter import named_parameters, with_values
+from zamba2_jax.parallel.mesh import check_mesh, parameter_sharding
 from zamba2_jax.typing import DTypeLike, param_dtype
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -41,7 +42,9 @@ _SAMPLE = 4096  # bytes of a tensor that a fingerprint reads in two places
 _EMBEDDING = "embed_tokens.weight"
 
 
-def load_hf(source: str | os.PathLike[str], *, dtype: DTypeLike | None = None, mesh: Mesh | None = None) -> Zamba2:
+def load_hf(
+    source: str | os.PathLike[str], *, dtype: DTypeLike | None = None, mesh: Mesh | None = None
+) -> LanguageModel:
     """Reads a checkpoint, tensor by tensor.
 
     Beside the model, memory holds one parameter at a time, and a block of the file it comes from.
@@ -50,7 +53,7 @@ def load_hf(source: str | os.PathLike[str], *, dtype: DTypeLike | None = None, m
         source: a directory with config.json and safetensors, or the id of a repository on the Hugging Face hub.
         dtype: compute dtype: matrices are cast to it, vectors to at least float32. By default every tensor keeps
             the dtype it is stored in (float64 only with jax_enable_x64).
-        mesh: places every parameter on it by `zamba2_jax.sharding`; each device then reads only its slice.
+        mesh: places every parameter on it by `zamba2_jax.parallel.mesh`; each device then reads only its slice.
 
     Raises:
         FileNotFoundError: there is no such directory or repository, or it lacks a file.
@@ -61,12 +64,12 @@ def load_hf(source: str | os.PathLike[str], *, dtype: DTypeLike | None = None, m
     if dtype is not None:
         _check_dtype(jnp.dtype(dtype))
     directory = local_directory(source)
-    config = Zamba2Config.from_hf(directory)
+    config = read_config(directory)
     if mesh is not None:
         check_mesh(config, mesh)
     entries = find_entries(directory)
     found, problems = match(config, entries)
-    model = jax.eval_shape(lambda: Zamba2(config, rngs=nnx.Rngs(0)))
+    model = jax.eval_shape(lambda: init_model(config, rngs=nnx.Rngs(0)))
     parameters = named_parameters(model)
     arrays: dict[str, jax.Array] = {}
     for tensor, entry in found:
@@ -89,7 +92,7 @@ def load_hf(source: str | os.PathLike[str], *, dtype: DTypeLike | None = None, m
 
 
 def save_hf(
-    model: Zamba2,
+    model: LanguageModel,
     directory: str | os.PathLike[str],
     *,
     dtype: DTypeLike | None = None,
@@ -112,7 +115,7 @@ def save_hf(
     Raises:
         FileExistsError: the directory holds something.
         ValueError: `max_shard_size` is below 1, `time_step_min` is not above 0 or above `time_step_max`, or
-            transformers has no form for the architecture.
+            transformers has no form for the architecture, or a parameter is in no tensor of it.
     """
     if max_shard_size < 1:
         raise ValueError(f"max_shard_size={max_shard_size}: expected at least 1 byte")
@@ -122,7 +125,8 @@ def save_hf(
     architecture = model.config
     if time_step_min is not None:
         architecture = dataclasses.replace(architecture, time_step_min=time_step_min)
-    config = architecture.to_hf() | {"dtype": str(jnp.dtype(dtype or model.dtype))}
+    config = config_json(architecture) | {"dtype": str(jnp.dtype(dtype or model.dtype))}
+    _check_covered(model)
     scratch = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
     scratch.mkdir(parents=True)
     try:
@@ -133,6 +137,14 @@ def save_hf(
         scratch.replace(target)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _check_covered(model: LanguageModel) -> None:
+    """Whether every parameter is in the table."""
+    covered = {part.path for tensor in family_of(model.config).tensors(model.config) for part in tensor.parts}
+    if others := [name for name in named_parameters(model) if name not in covered]:
+        listed = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+        raise ValueError(f"no tensor of a {model.config.model_type} checkpoint holds {listed}; expected only its own")
 
 
 def _check_dtype(dtype: np.dtype) -> None:
@@ -286,10 +298,10 @@ def _indexed_files(directory: Path) -> list[Path]:
     return [directory / name for name in names]
 
 
-def match(config: Zamba2Config, entries: dict[str, Entry]) -> tuple[list[tuple[Tensor, Entry]], list[str]]:
+def match(config: ModelConfig, entries: dict[str, Entry]) -> tuple[list[tuple[Tensor, Entry]], list[str]]:
     """Pairs the model's table with what the files hold; and what is wrong about it, a line each."""
     found, problems, used = [], [], set()
-    for tensor in tensors(config):
+    for tensor in family_of(config).tensors(config):
         names = [name for name in (tensor.name, *tensor.aliases) if name in entries]
         used.update(names)
         if not names:
@@ -308,7 +320,7 @@ def match(config: Zamba2Config, entries: dict[str, Entry]) -> tuple[list[tuple[T
             found.append((tensor, entry))
             differing = [name for name in copies if not _equal(entries[name], entry)]
             problems += [f"{name}: differs from {entry.name}, to which it is tied" for name in differing]
-    extra = sorted(name for name in set(entries) - used if not ignored(config, name))
+    extra = sorted(name for name in set(entries) - used if not family_of(config).ignored(config, name))
     return found, problems + [f"{entries[name].name}: unexpected" for name in extra]
 
 
@@ -322,11 +334,11 @@ def _equal(first: Entry, second: Entry) -> bool:
         return all(np.array_equal(x[s], y[s]) for s in rows)
 
 
-def _write_weights(directory: Path, model: Zamba2, dtype: DTypeLike | None, max_shard_size: int) -> None:
+def _write_weights(directory: Path, model: LanguageModel, dtype: DTypeLike | None, max_shard_size: int) -> None:
     parameters = {name: parameter[...] for name, parameter in named_parameters(model).items()}
     shards: list[dict[str, Tensor]] = [{}]
     filled = total = 0
-    for tensor in tensors(model.config):
+    for tensor in family_of(model.config).tensors(model.config):
         size = int(np.prod(tensor.shape)) * _dtype(tensor, parameters, dtype).itemsize
         for name in (tensor.name, *(() if model.config.tie_embeddings else tensor.copies)):
             if shards[-1] and filled + size > max_shard_size:
@@ -347,7 +359,10 @@ def _write_weights(directory: Path, model: Zamba2, dtype: DTypeLike | None, max_
 
 def _dtype(tensor: Tensor, parameters: dict[str, jax.Array], dtype: DTypeLike | None) -> np.dtype:
     """What a tensor of the checkpoint is written in."""
-    return jnp.dtype(dtype or jnp.result_type(*(parameters[part.path] for part in tensor.parts)))
+    held = [parameters[part.path] for part in tensor.parts] or [
+        parameters["embed"]
+    ]  # of an empty one that of the model
+    return jnp.dtype(dtype or jnp.result_type(*held))
 
 
 def _assemble(tensor: Tensor, parameters: dict[str, jax.Array], dtype: DTypeLike | None) -> np.ndarray:

@@ -15,8 +15,8 @@ from zamba2_jax.cli.options import ModelOptions
 from zamba2_jax.files import read_text
 
 if TYPE_CHECKING:
-    from zamba2_jax.generate.chat import Conversation
-    from zamba2_jax.generate.sampling import Sampling
+    from zamba2_jax.inference.chat import Conversation
+    from zamba2_jax.inference.sampling import Sampling
 
 HELP = "/new begins a new conversation, /quit or Ctrl-D ends; Ctrl-C breaks off an answer"
 
@@ -45,7 +45,7 @@ class Chat(ModelOptions):
             ValueError: an option or a file is not valid, or there is no chat template.
             OSError: a file is not there.
         """
-        from zamba2_jax.generate.chat import Conversation
+        from zamba2_jax.inference.chat import Conversation
 
         sampling = self.sampling()
         if self.max_new_tokens < 1:

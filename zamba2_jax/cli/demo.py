@@ -17,15 +17,15 @@ from rich.table import Table
 
 from zamba2_jax.choices import Decay
 from zamba2_jax.cli.several import Several, values
-from zamba2_jax.config import Zamba2Config
 from zamba2_jax.files import write_atomically, write_json
+from zamba2_jax.models.registry import init_model, preset
 
 if TYPE_CHECKING:
+    from zamba2_jax.data.batches import Source
+    from zamba2_jax.data.corpus import TokenizedCorpus
     from zamba2_jax.evaluate import Necessity
-    from zamba2_jax.model import Zamba2
+    from zamba2_jax.models.base import LanguageModel
     from zamba2_jax.text.tokenizer import Tokenizer
-    from zamba2_jax.train.corpus import TokenizedCorpus
-    from zamba2_jax.train.data import Source
     from zamba2_jax.train.metrics import Record
     from zamba2_jax.train.optimizer import Optimizer
     from zamba2_jax.train.schedule import Phase
@@ -116,23 +116,22 @@ class Demo:
         import jax
         from flax import nnx
 
+        from zamba2_jax.data.batches import held_out
+        from zamba2_jax.data.corpus import tokenize_embedded_corpus
+        from zamba2_jax.data.synthetic import Copying, open_synthetic
         from zamba2_jax.evaluate import necessity
-        from zamba2_jax.model import Zamba2
         from zamba2_jax.text.vocabulary import save_tokenizer
-        from zamba2_jax.train.corpus import tokenize_embedded_corpus
         from zamba2_jax.train.curves import plot_run
-        from zamba2_jax.train.data import held_out
         from zamba2_jax.train.loop import make_stages, train
         from zamba2_jax.train.metrics import JsonLines, tee
         from zamba2_jax.train.patterns import scale_matrices
         from zamba2_jax.train.progress import ProgressView
         from zamba2_jax.train.schedule import learning_rate
         from zamba2_jax.train.step import compile_train_step, init_state
-        from zamba2_jax.train.synthetic import Copying, open_synthetic
 
         begin = time.perf_counter()
         self._check()
-        config, phases = Zamba2Config.preset(self.preset), self.phases()
+        config, phases = preset(self.preset), self.phases()
         schedule, muon = learning_rate(phases, self.learning_rate), optimizer().transformation()
         prepare_output(self.output, dataclasses.asdict(self) | {"output": str(self.output), "prompts": self._prompts})
 
@@ -154,7 +153,7 @@ class Demo:
         }
         batches = {name: held_out(text, batch_size=4 * self.batch, length=self.seq) for name, text in texts.items()}
 
-        model = scale_matrices(Zamba2(config, rngs=nnx.Rngs(self.seed)), INIT_SCALE)
+        model = scale_matrices(init_model(config, rngs=nnx.Rngs(self.seed)), INIT_SCALE)
         size = sum(parameter.size for parameter in jax.tree.leaves(model))
         console.print(f"Compiling {self.preset}, {size / 1e6:.1f} M parameters")
         state = init_state(model, muon)
@@ -192,7 +191,7 @@ class Demo:
         """Checks what is not checked before the training starts otherwise."""
         from zamba2_jax.text.vocabulary import MIN_VOCAB_SIZE
 
-        vocab_size = Zamba2Config.preset(self.preset).vocab_size
+        vocab_size = preset(self.preset).vocab_size
         rules = {
             "preset": (vocab_size >= MIN_VOCAB_SIZE, f"one of at least {MIN_VOCAB_SIZE} tokens, not {vocab_size}"),
             "seed": (0 <= self.seed < 2**31, "an integer in [0, 2^31)"),
@@ -247,9 +246,10 @@ class Demo:
             ),
         ]
 
-    def _write(self, model: Zamba2, tokenizer: Tokenizer, console: Console) -> None:
+    def _write(self, model: LanguageModel, tokenizer: Tokenizer, console: Console) -> None:
         """Continues the prompts, on the terminal and in samples.txt."""
-        from zamba2_jax.generate import Sampling, generate
+        from zamba2_jax.inference.api import generate
+        from zamba2_jax.inference.sampling import Sampling
 
         sampling = Sampling(temperature=self.temperature, seed=self.seed)
         ends = tokenizer.end_tokens

@@ -17,7 +17,7 @@ from zamba2_jax.cli.options import Checkpoint, ModelOptions
 from zamba2_jax.cli.several import Several, values
 
 if TYPE_CHECKING:
-    from zamba2_jax.generate.batch import Job
+    from zamba2_jax.inference.jobs import Job
     from zamba2_jax.text.tokenizer import Tokenizer
 
 
@@ -100,8 +100,8 @@ class Generate(ModelOptions):
             return None
 
     def _jobs(self, checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> list[Job]:
-        from zamba2_jax.generate.batch import make_job, read_jobs
-        from zamba2_jax.generate.engine import Request
+        from zamba2_jax.inference.engine import Request
+        from zamba2_jax.inference.jobs import make_job, read_jobs
 
         ends = () if self.ignore_eos else checkpoint.stop_tokens(tokenizer)
         defaults = Request((), self.max_new_tokens, self.sampling(), ends, values(self.stop))
@@ -128,8 +128,8 @@ class Generate(ModelOptions):
 
     def _print(self, checkpoint: Checkpoint, jobs: list[Job], tokenizer: Tokenizer | None) -> None:
         """Prints each prompt with its continuation, in the order of the prompts."""
-        from zamba2_jax.generate.batch import make_engine, run_jobs
-        from zamba2_jax.generate.engine import Token
+        from zamba2_jax.inference.engine import Token
+        from zamba2_jax.inference.jobs import make_engine, run_jobs
 
         bold, plain = ("\033[1m", "\033[0m") if sys.stdout.isatty() else ("", "")
 
@@ -153,7 +153,7 @@ class Generate(ModelOptions):
     def _settings(self, checkpoint: Checkpoint, jobs: list[Job], tokenizer: Tokenizer | None) -> dict[str, Any]:
         """What the results depend on."""
         from zamba2_jax.checkpoint.hf import fingerprint
-        from zamba2_jax.generate.batch import settings_of
+        from zamba2_jax.inference.jobs import settings_of
 
         texts = None if tokenizer is None else hashlib.sha256(tokenizer.backend.to_str().encode()).hexdigest()
         return settings_of(
@@ -173,7 +173,7 @@ class Generate(ModelOptions):
         """Writes results as they are done."""
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-        from zamba2_jax.generate.batch import (
+        from zamba2_jax.inference.jobs import (
             check_settings,
             find_results,
             make_engine,

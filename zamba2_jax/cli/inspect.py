@@ -12,12 +12,12 @@ import tyro
 from zamba2_jax.cli.options import Checkpoint, Dtype
 from zamba2_jax.cli.output import check_json_option, table_console
 from zamba2_jax.cli.several import Several, values
-from zamba2_jax.config import Zamba2Config
 from zamba2_jax.files import write_json
+from zamba2_jax.models.registry import read_config
 
 if TYPE_CHECKING:
-    from zamba2_jax.train.data import Batch
-    from zamba2_jax.train.documents import Documents
+    from zamba2_jax.data.batches import Batch
+    from zamba2_jax.data.documents import Documents
 
 HELD_OUT = "embedded"
 
@@ -68,7 +68,7 @@ class Inspect:
         if self.picture is not None and not self.picture.parent.is_dir():
             raise ValueError(f"--picture {self.picture}: there is no directory {self.picture.parent}")
         directory = local_directory(self.model)
-        checkpoint = Checkpoint(directory, Zamba2Config.from_hf(directory), self.dtype)
+        checkpoint = Checkpoint(directory, read_config(directory), self.dtype)
         find_entries(directory)
         batches = self._batches(checkpoint)
         console = table_console()
@@ -83,8 +83,8 @@ class Inspect:
 
     def _batches(self, checkpoint: Checkpoint) -> list[Batch]:
         """The first rows of the text."""
-        from zamba2_jax.train.data import held_out
-        from zamba2_jax.train.documents import in_memory
+        from zamba2_jax.data.batches import held_out
+        from zamba2_jax.data.documents import in_memory
 
         documents = self._documents(checkpoint)
         ends = itertools.accumulate(map(len, documents))
@@ -95,9 +95,9 @@ class Inspect:
         return held_out(first, batch_size=size, length=self.seq)[: -(-rows // size)]
 
     def _documents(self, checkpoint: Checkpoint) -> Documents:
-        from zamba2_jax.train.documents import in_memory
-        from zamba2_jax.train.sources import EMBEDDED, SourceConfig, open_documents, sources_at
-        from zamba2_jax.train.token_files import MANIFEST
+        from zamba2_jax.data.documents import in_memory
+        from zamba2_jax.data.sources import EMBEDDED, SourceConfig, open_documents, sources_at
+        from zamba2_jax.data.token_files import MANIFEST
 
         path, vocab_size = Path(self.data), checkpoint.config.vocab_size
         if (path / MANIFEST).is_file():

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from zamba2_jax.config import Zamba2Config
+from zamba2_jax.models.registry import read_config
+from zamba2_jax.nn.config import ModelConfig
 
 if TYPE_CHECKING:
-    from zamba2_jax.generate.sampling import Sampling
-    from zamba2_jax.model.zamba2 import Zamba2
+    from zamba2_jax.inference.sampling import Sampling
+    from zamba2_jax.models.base import LanguageModel
     from zamba2_jax.text.tokenizer import Tokenizer
 
 Dtype = Literal["auto", "stored", "float32", "bfloat16"]
@@ -48,7 +49,7 @@ class ModelOptions:
         Raises:
             ValueError: a value is out of its range.
         """
-        from zamba2_jax.generate.sampling import Sampling
+        from zamba2_jax.inference.sampling import Sampling
 
         return Sampling(**{field.name: getattr(self, field.name) for field in dataclasses.fields(Sampling)})
 
@@ -64,7 +65,7 @@ class ModelOptions:
         if self.capacity is not None and self.capacity < 1:
             raise ValueError(f"--capacity {self.capacity}: expected at least 1")
         directory = local_directory(self.model)
-        config = Zamba2Config.from_hf(directory)
+        config = read_config(directory)
         find_entries(directory)
         return Checkpoint(directory, config, self.dtype)
 
@@ -74,7 +75,7 @@ class Checkpoint:
     """A checkpoint on this machine."""
 
     directory: Path
-    config: Zamba2Config
+    config: ModelConfig
     dtype: Dtype
 
     def tokenizer(self) -> Tokenizer:
@@ -90,7 +91,7 @@ class Checkpoint:
         ends = stop_tokens(self.directory) if tokenizer is None else tokenizer.end_tokens
         return tuple(id_ for id_ in ends if id_ < self.config.vocab_size)
 
-    def load(self) -> Zamba2:
+    def load(self) -> LanguageModel:
         """The model; raises as `load_hf`. What is compiled from here on is kept for the next time."""
         from zamba2_jax.checkpoint.hf import load_hf
 

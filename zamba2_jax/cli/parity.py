@@ -17,8 +17,8 @@ from rich.table import Table
 
 from zamba2_jax.cli.output import check_json_option, table_console
 from zamba2_jax.cli.several import Several, values
-from zamba2_jax.config import Zamba2Config
 from zamba2_jax.files import write_atomically
+from zamba2_jax.models.registry import preset, read_config
 
 if TYPE_CHECKING:
     from rich.status import Status
@@ -103,10 +103,10 @@ class Parity:
             if value < 1:
                 raise ValueError(f"--{name} {value}: expected at least 1")
         if self.model is not None:
-            config = Zamba2Config.from_hf(self.model)
+            config = read_config(self.model)
             return [Case(str(self.model), config, self.batch, self.seq)]
         if self.preset is not None:
-            return [Case(self.preset, Zamba2Config.preset(self.preset), self.batch, self.seq)]
+            return [Case(self.preset, preset(self.preset), self.batch, self.seq)]
         if self.streaming:
             raise ValueError("--streaming needs --model or --preset")
         unknown = sorted(set(names) - set(VARIANTS))

@@ -12,8 +12,8 @@ from rich.table import Table
 
 from zamba2_jax.choices import Implementation, Remat
 from zamba2_jax.cli.output import check_json_option, table_console
-from zamba2_jax.config import Zamba2Config
 from zamba2_jax.files import write_json
+from zamba2_jax.models.registry import preset
 
 if TYPE_CHECKING:
     from zamba2_jax.plan.chips import Slice
@@ -44,8 +44,8 @@ class Plan:
     """Parts of the batch run one after the other."""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of matrices and activations; the state is float32."""
-    implementation: Implementation | None = None
-    """Of the scan; by default the kernels that would run."""
+    scan: Implementation | None = None
+    """Implementation of the scan; by default the kernels that would run."""
     search: bool = False
     """Try meshes and remat policies and rank those that fit; --mesh and --remat are not read."""
     json: Path | None = None
@@ -98,9 +98,9 @@ class Plan:
             microbatches=self.microbatches,
             remat=self.remat,
             compute_dtype=self.compute_dtype,
-            implementation=self.implementation,
+            scan=self.scan,
         )
-        return Job(config=Zamba2Config.preset(self.preset), batch=self.batch, length=self.seq, step=step)
+        return Job(config=preset(self.preset), batch=self.batch, length=self.seq, step=step)
 
 
 def _try(job: Job, slice: Slice, sizes: dict[str, int], label: str, console: Console) -> Estimate | None:
@@ -116,7 +116,7 @@ def _try(job: Job, slice: Slice, sizes: dict[str, int], label: str, console: Con
 
 def _sizes(text: str, chips: int) -> dict[str, int]:
     """The sizes of the mesh's axes."""
-    from zamba2_jax.sharding import MESH_AXES
+    from zamba2_jax.parallel.mesh import MESH_AXES
 
     if not text:
         return {"fsdp": chips}

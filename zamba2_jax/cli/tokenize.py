@@ -48,8 +48,8 @@ class Tokenize:
         """
         from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-        from zamba2_jax.train.sources import size_of, sources_at
-        from zamba2_jax.train.tokenize import tokenize
+        from zamba2_jax.data.sources import size_of, sources_at
+        from zamba2_jax.data.tokenize import tokenize
 
         sources = [
             source

@@ -21,14 +21,15 @@ from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from zamba2_jax.config import Zamba2Config
+from zamba2_jax.data.batches import Batch
 from zamba2_jax.files import write_atomically
-from zamba2_jax.generate.sampling import log_probability
-from zamba2_jax.model.loss import target_weights
-from zamba2_jax.model.parameter import named_parameters, with_values
-from zamba2_jax.model.zamba2 import Zamba2
+from zamba2_jax.inference.sampling import log_probability
+from zamba2_jax.models.base import LanguageModel
+from zamba2_jax.nn.config import ModelConfig
+from zamba2_jax.nn.parameter import named_parameters, with_values
+from zamba2_jax.nn.tap import Tap
 from zamba2_jax.ops.cross_entropy import map_positions
-from zamba2_jax.train.data import Batch
+from zamba2_jax.train.objectives import target_weights
 from zamba2_jax.typing import Array, Bool, Float, Int, at_least_fp32
 
 Kind = Literal["attention", "adapters", "mlp", "shared", "mixer", "layer"]
@@ -194,9 +195,9 @@ class Necessity:
         return [kind for kind in KINDS if kind in present], cells
 
 
-def parts(config: Zamba2Config) -> list[Part]:
+def parts(config: ModelConfig) -> list[Part]:
     """All parts of a model that can be silenced: each by itself, and then those of a kind together."""
-    layers, hybrid = tuple(range(config.num_layers)), config.hybrid_layer_ids
+    layers, hybrid = tuple(range(config.num_layers)), config.hybrid_layers
     plain = tuple(layer for layer in layers if layer not in hybrid)
     of_call: Sequence[Kind] = ("attention", "adapters", "mlp", "shared")
     of_layer: Sequence[Kind] = ("mixer", "layer")
@@ -214,7 +215,7 @@ def parts(config: Zamba2Config) -> list[Part]:
     return [*single, *(part for part in together if part.layers)]
 
 
-def necessity(model: Zamba2, batches: Iterable[Batch], *, select: Iterable[str] = ("*",)) -> Necessity:
+def necessity(model: LanguageModel, batches: Iterable[Batch], *, select: Iterable[str] = ("*",)) -> Necessity:
     """What the loss on the batches rises by when a part of the model is silenced.
 
     For each call of a shared block: its attention made uniform over the tokens it may see; its adapters, those of
@@ -290,12 +291,12 @@ class _Sums(NamedTuple):
 
 
 @jax.jit
-def _silenced_pass(model: Zamba2, batch: Batch, switches: Bool[Array, "kinds layers"]) -> _Sums:
+def _silenced_pass(model: LanguageModel, batch: Batch, switches: Bool[Array, "kinds layers"]) -> _Sums:
     """A pass with what the switches say silenced; without any it is the model's own."""
     tokens, segment_ids = jnp.asarray(batch.tokens), jnp.asarray(batch.segment_ids)
     of_token = None if batch.weights is None else jnp.asarray(batch.weights)
     model = _without_adapters(model, switches[KINDS.index("adapters")])
-    h = model.hidden_states(tokens, segment_ids, tap=_Silencer(switches, segment_ids != 0))[0]
+    h = model.run(tokens, segment_ids, tap=Tap(_Silencer(switches, segment_ids != 0))).h
 
     def of_positions(h: Array, targets: Array) -> tuple[Array, Array]:
         logits = model.logits(h, dtype=at_least_fp32(h.dtype))
@@ -312,7 +313,7 @@ def _silenced_pass(model: Zamba2, batch: Batch, switches: Bool[Array, "kinds lay
 
 
 class _Silencer:
-    """The tap that silences what the switches say."""
+    """The edit that silences what the switches say."""
 
     def __init__(self, switches: Bool[Array, "kinds layers"], real: Bool[Array, "b t"]):
         self._switches, self._real = switches, real
@@ -342,9 +343,9 @@ class _Silencer:
         return jnp.broadcast_to(mean.astype(value.dtype), value.shape)
 
 
-def _without_adapters(model: Zamba2, switches: Bool[Array, " layers"]) -> Zamba2:
+def _without_adapters(model: LanguageModel, switches: Bool[Array, " layers"]) -> LanguageModel:
     """The model with the second matrix of every adapter at 0 where the switch of the call's layer says so."""
-    layers = model.config.hybrid_layer_ids
+    layers = model.config.hybrid_layers
 
     def of(name: str, array: Array) -> Array:
         if not name.startswith("calls.") or not name.endswith("_b"):

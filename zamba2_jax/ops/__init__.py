@@ -5,7 +5,7 @@ from zamba2_jax.ops.conv import causal_conv1d, causal_conv1d_step
 from zamba2_jax.ops.cross_entropy import cross_entropy, predictions
 from zamba2_jax.ops.embedding import embed
 from zamba2_jax.ops.geglu import geglu
-from zamba2_jax.ops.linear import adapter, linear
+from zamba2_jax.ops.linear import linear
 from zamba2_jax.ops.norm import gated_rms_norm, rms_norm
 from zamba2_jax.ops.rope import rotate
 from zamba2_jax.ops.segments import document_index, document_positions
@@ -13,7 +13,6 @@ from zamba2_jax.ops.ssd import ssd, ssd_step
 from zamba2_jax.ops.ssd_reference import ssd_associative, ssd_sequential
 
 __all__ = [
-    "adapter",
     "cached_attention",
     "causal_attention",
     "causal_conv1d",

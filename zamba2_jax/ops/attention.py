@@ -21,7 +21,7 @@ FILLING = 2**24
 LARGEST_MASK = 2**28
 """Pairs of tokens of a row up to which cuDNN is the default where it reads a mask of them, half a GB of so many."""
 
-Implementation = Literal["xla", "splash", "cudnn"]
+Implementation = Literal["xla", "splash", "cudnn", "plain"]
 CachedImplementation = Literal["xla", "cudnn"]
 
 
@@ -35,8 +35,8 @@ def causal_attention(
 ) -> Float[Array, "b t h p"]:
     """Softmax attention of every token to itself and the tokens before it in its document.
 
-    Differentiable once, in reverse. No implementation holds scores of all tokens with all tokens; "cudnn" with
-    `segment_ids` holds a mask of them, which all heads share.
+    Differentiable once, in reverse; "plain" as often as wanted, in any mode. But for "plain" no implementation holds
+    scores of all tokens with all tokens; "cudnn" with `segment_ids` holds a mask of them, which all heads share.
 
     Args:
         q, k, v: h is a multiple of kv; query head i reads key head i // (h / kv).
@@ -44,7 +44,8 @@ def causal_attention(
         segment_ids: documents; nothing attends across them, nothing but padding to padding. See `ops.segments`.
         implementation: "xla", by blocks of queries, for any dtype; "splash", JAX's kernel for TPUs, for bfloat16 and
             float32; "cudnn", on NVIDIA GPUs, for float16 and bfloat16 and head dims that are multiples of 8 up to 256
-            (128 before Hopper). By default what `default_implementation` gives.
+            (128 before Hopper); "plain", the definition, without a gradient of our own. By default what
+            `default_implementation` gives.
 
     Raises:
         ValueError: `implementation` is not valid, or does not do what is asked of it.
@@ -59,7 +60,20 @@ def causal_attention(
         return attention_splash(q, k, v, tags, scale)
     if implementation == "xla":
         return attention_xla(q, k, v, tags, scale)
-    raise ValueError(f"implementation={implementation!r}: expected one of xla, splash, cudnn")
+    if implementation == "plain":
+        return _plain(q, k, v, tags, scale)
+    raise ValueError(f"implementation={implementation!r}: expected one of xla, splash, cudnn, plain")
+
+
+def _plain(q: Array, k: Array, v: Array, tags: Array | None, scale: float) -> Array:
+    (b, t, h, p), kv, wide = q.shape, k.shape[2], at_least_fp32(q.dtype)
+    q = q.reshape(b, t, kv, h // kv, p)
+    scores = scale * jnp.einsum("bqkrp,bukp->bkrqu", q, k, preferred_element_type=wide)
+    visible = jnp.tril(jnp.ones((t, t), bool))
+    if tags is not None:
+        visible = (visible & (tags[:, :, None] == tags[:, None, :]))[:, None, None]
+    weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1).astype(v.dtype)
+    return jnp.einsum("bkrqu,bukp->bqkrp", weights, v, preferred_element_type=wide).reshape(b, t, h, p).astype(v.dtype)
 
 
 def document_tags(segment_ids: Int[Array, "b t"]) -> Int[Array, "b t"]:
@@ -104,7 +118,8 @@ def cached_attention(
     target = jnp.where(real, slots, cached_k.shape[2])
     cached_k = cached_k.at[row, :, target].set(_stored(k, cached_k.dtype), mode="drop")
     cached_v = cached_v.at[row, :, target].set(_stored(v, cached_v.dtype), mode="drop")
-    implementation = implementation or _default_for_cache(q, cached_k)
+    if implementation is None:
+        implementation = "cudnn" if kernels() == "gpu" and cache_fits_cudnn(q, cached_k) else "xla"
     if implementation == "cudnn":
         visible = jnp.arange(cached_k.shape[2]) <= slots[..., None]
         keys, values = (_read(x, q.dtype).swapaxes(1, 2) for x in (cached_k, cached_v))
@@ -211,15 +226,20 @@ def default_implementation(q: Float[Array, "b t h p"], segment_ids: Int[Array, "
     """
     if (found := kernels()) == "tpu":
         return "splash"
+    return "cudnn" if found == "gpu" and fits_cudnn(q, segment_ids) else "xla"
+
+
+def fits_cudnn(q: Float[Array, "b t h p"], segment_ids: Int[Array, "b t"] | None) -> bool:
+    """Whether cuDNN takes a full pass, with its gradient, and its mask of documents is at most `LARGEST_MASK`."""
     t = q.shape[1]
     unfit = segment_ids is not None and (t % 2 != 0 or t * t > LARGEST_MASK)
-    return "cudnn" if found == "gpu" and not unfit and _not_for_cudnn(q) is None else "xla"
+    return not unfit and _not_for_cudnn(q) is None
 
 
-def _default_for_cache(q: Float[Array, "b t h p"], cached_k: Shaped[Array, "b kv u p"]) -> CachedImplementation:
+def cache_fits_cudnn(q: Float[Array, "b t h p"], cached_k: Shaped[Array, "b kv u p"]) -> bool:
+    """Whether cuDNN takes queries of several tokens against a cache, with a mask of at most `LARGEST_MASK`."""
     t, u = q.shape[1], cached_k.shape[2]
-    fits = t > 1 and t * u <= LARGEST_MASK and _not_for_cudnn(q) is None
-    return "cudnn" if fits and kernels() == "gpu" else "xla"
+    return t > 1 and t * u <= LARGEST_MASK and _not_for_cudnn(q) is None
 
 
 def _not_for_cudnn(q: Array) -> str | None:

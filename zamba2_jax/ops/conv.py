@@ -21,10 +21,12 @@ def causal_conv1d(
     activation: Activation | None = None,
     initial_state: Float[Array, "b k-1 e"] | None = None,
     segment_ids: Int[Array, "b t"] | None = None,
+    custom_gradient: bool = True,
 ) -> tuple[Float[Array, "b t e"], Float[Array, "b k-1 e"]]:
     """y_t = activation(bias + sum_j w_j x_{t - (k-1) + j}), each channel on its own.
 
-    Differentiable once, in reverse. The backward pass keeps the arguments, and computes the rest again.
+    With `custom_gradient` differentiable once, in reverse: the backward pass keeps the arguments, and computes the rest
+    again. Without, as often as wanted, in any mode.
 
     Args:
         x: input.
@@ -42,12 +44,12 @@ def causal_conv1d(
     """
     if activation not in (None, *get_args(Activation)):
         raise ValueError(f"activation={activation!r}: expected None or 'silu'")
-    y = _convolve(x, w, bias, initial_state, segment_ids, activation)
+    convolve = _convolve if custom_gradient else _convolved
+    y = convolve(x, w, bias, initial_state, segment_ids, activation)
     return y, last_inputs(x, len(w), initial_state=initial_state, segment_ids=segment_ids)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _convolve(
+def _convolved(
     x: Array,
     w: Array,
     bias: Array,
@@ -59,8 +61,11 @@ def _convolve(
     return (jax.nn.silu(y) if activation else y).astype(x.dtype)
 
 
+_convolve = jax.custom_vjp(_convolved, nondiff_argnums=(5,))
+
+
 def _forward(*arguments):
-    return _convolve(*arguments), arguments[:-1]
+    return _convolved(*arguments), arguments[:-1]
 
 
 def _backward(activation, saved, cotangent):
@@ -155,7 +160,10 @@ def causal_conv1d_step(
     state: Float[Array, "b k-1 e"],
     *,
     activation: Activation | None = None,
+    custom_gradient: bool = True,
 ) -> tuple[Float[Array, "b e"], Float[Array, "b k-1 e"]]:
     """One step of `causal_conv1d`: y for the input x after the k-1 inputs in `state`, and the next state."""
-    y, state = causal_conv1d(x[:, None], w, bias, activation=activation, initial_state=state)
+    y, state = causal_conv1d(
+        x[:, None], w, bias, activation=activation, initial_state=state, custom_gradient=custom_gradient
+    )
     return y[:, 0], state

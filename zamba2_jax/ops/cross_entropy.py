@@ -1,7 +1,6 @@
 """The loss of a language model, without its logits in memory."""
 
 from collections.abc import Callable
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -20,15 +19,16 @@ def cross_entropy(
     z_loss: float = 0.0,
     chunk_size: int = 256,
     vocab_axis: str | None = None,
+    custom_gradient: bool = True,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Sums over tokens of weights * (nll + z_loss * z^2), and of weights * nll, in at least float32.
 
     nll = -ln softmax(h w.T)[target], in nats, and z = ln sum exp(h w.T), whose square the z-loss keeps small
-    (arXiv:2204.02311, section 5). The first sum is differentiable once, in reverse; no gradient flows through the
-    second.
+    (arXiv:2204.02311, section 5). No gradient flows through the second sum. The first is differentiable once, in
+    reverse; without `custom_gradient` as often as wanted, in any mode.
 
     Logits exist for `chunk_size` positions of every row at a time. Where there is to be a gradient, each chunk computes
-    its own at once, so that no logits are kept and none are computed again.
+    its own at once, so that no logits are kept and none are computed again; not so without `custom_gradient`.
 
     Args:
         h: what the output head reads.
@@ -40,7 +40,8 @@ def cross_entropy(
         chunk_size: positions per chunk.
         vocab_axis: inside `jax.shard_map`, the axis of the mesh that w is divided over, by rows.
     """
-    objective, nll = _sums(h, w, targets, weights.astype(at_least_fp32(h.dtype)), z_loss, chunk_size, vocab_axis)
+    weights, sums = weights.astype(at_least_fp32(h.dtype)), _sums if custom_gradient else _plain_sums
+    objective, nll = sums(h, w, targets, weights, z_loss, chunk_size, vocab_axis)
     return objective, jax.lax.stop_gradient(nll)
 
 
@@ -70,8 +71,7 @@ def predictions(
     return jax.lax.stop_gradient(nlls.sum()), hits.sum()
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _sums(
+def _plain_sums(
     h: Array, w: Array, targets: Array, weights: Array, z_loss: float, chunk_size: int, vocab_axis: str | None
 ) -> tuple[Array, Array]:
     def of_chunk(chunk: tuple[Array, ...]) -> tuple[Array, Array]:
@@ -81,6 +81,9 @@ def _sums(
 
     objectives, nlls = jax.lax.map(of_chunk, _chunks((h, targets, weights), chunk_size))
     return objectives.sum(), nlls.sum()
+
+
+_sums = jax.custom_vjp(_plain_sums, nondiff_argnums=(4, 5, 6))
 
 
 def _forward(h, w, targets, weights, z_loss, chunk_size, vocab_axis):

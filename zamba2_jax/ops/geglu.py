@@ -9,25 +9,34 @@ from zamba2_jax.ops.placement import compiled_apart
 from zamba2_jax.typing import Array, Float, at_least_fp32
 
 
-@jax.custom_vjp
-def geglu(gate: Float[Array, "*batch f"], up: Float[Array, "*batch f"]) -> Float[Array, "*batch f"]:
+def geglu(
+    gate: Float[Array, "*batch f"], up: Float[Array, "*batch f"], *, custom_gradient: bool = True
+) -> Float[Array, "*batch f"]:
     """gelu(gate) * up with the exact gelu, x Phi(x), in at least float32, rounded once to the dtype of `up`.
 
-    Differentiable once, in reverse. The backward pass keeps the arguments, and computes the rest again.
+    With `custom_gradient` differentiable once, in reverse: the backward pass keeps the arguments, and computes the rest
+    again. Without, as often as wanted, in any mode.
     """
+    return (_geglu if custom_gradient else _product)(gate, up)
+
+
+def _product(gate: Array, up: Array) -> Array:
     wide_gate, wide_up = _wide(gate, up)
     return (wide_gate * _phi(wide_gate) * wide_up).astype(up.dtype)
 
 
+_geglu = jax.custom_vjp(_product)
+
+
 def _forward(gate: Array, up: Array) -> tuple[Array, tuple[Array, Array]]:
-    return geglu(gate, up), (gate, up)
+    return _product(gate, up), (gate, up)
 
 
 def _backward(saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, Array]:
     return compiled_apart(_gradients, *saved, cotangent)
 
 
-geglu.defvjp(_forward, _backward)
+_geglu.defvjp(_forward, _backward)
 
 
 def _gradients(gate: Array, up: Array, cotangent: Array) -> tuple[Array, Array]:

@@ -1,4 +1,4 @@
-"""Matrix products with a weight: the dense layer and the low-rank adapter.
+"""Matrix products with a weight.
 
 Weights are held by outputs, [out, in], as published checkpoints hold them. On CPU XLA packs the right side of a product
 anew each time. For few rows of float32 that is most of the work if the weight is on the right, so it is on the left: 2
@@ -35,24 +35,17 @@ def linear(
     bias: Float[Array, " o"] | None = None,
     *,
     dtype: DTypeLike | None = None,
+    custom_gradient: bool = True,
 ) -> Float[Array, "*batch o"]:
     """x @ w.T + bias, accumulated in at least float32 and rounded once to `dtype`, which is that of x by default.
 
-    Differentiable in reverse. The gradient of w is one product, as w lies in memory: JAX's own is a product that is
-    then transposed, for which XLA writes a transposed copy of the cotangent.
+    With `custom_gradient` differentiable in reverse: the gradient of w is one product, as w lies in memory. JAX's own
+    has every mode, and is a product that is then transposed, for which XLA writes a transposed copy of the cotangent.
     """
-    dtype = jnp.dtype(dtype or x.dtype)
+    dtype, product = jnp.dtype(dtype or x.dtype), _linear if custom_gradient else _rows_by_weight
     if bias is None:
-        return _linear(x, w, dtype)
-    return (_linear(x, w, jnp.promote_types(dtype, bias.dtype)) + bias).astype(dtype)
-
-
-def adapter(x: Float[Array, "*batch i"], a: Float[Array, "a i"], b: Float[Array, "o a"]) -> Float[Array, "*batch o"]:
-    """The low-rank term x a.T b.T that one call of a shared block adds to a projection (arXiv:2411.15242, section 2.2).
-
-    There is no scale: these adapters are part of the pretrained model.
-    """
-    return linear(linear(x, a), b)
+        return product(x, w, dtype)
+    return (product(x, w, jnp.promote_types(dtype, bias.dtype)) + bias).astype(dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

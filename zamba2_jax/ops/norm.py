@@ -1,6 +1,6 @@
 """RMS norms. Statistics and scale in at least float32, the result in the dtype of the input.
 
-Differentiable once, in reverse.
+With `custom_gradient` they are differentiable once, in reverse; without, as often as wanted, in any mode.
 """
 
 from functools import partial
@@ -13,9 +13,13 @@ from zamba2_jax.ops.sums import sum_over
 from zamba2_jax.typing import Array, Float, at_least_fp32
 
 
-def rms_norm(x: Float[Array, "*batch d"], scale: Float[Array, "*#batch d"], eps: float) -> Float[Array, "*batch d"]:
+def rms_norm(
+    x: Float[Array, "*batch d"], scale: Float[Array, "*#batch d"], eps: float, *, custom_gradient: bool = True
+) -> Float[Array, "*batch d"]:
     """x / sqrt(mean(x^2) + eps) * scale over the last axis."""
-    return (_normalize(x.astype(at_least_fp32(x.dtype)), eps) * scale).astype(x.dtype)
+    wide = x.astype(at_least_fp32(x.dtype))
+    normed = _normalize(wide, eps) if custom_gradient else wide * inverse_rms(wide, eps)
+    return (normed * scale).astype(x.dtype)
 
 
 def inverse_rms(x: Float[Array, "*batch d"], eps: float) -> Float[Array, "*batch 1"]:
@@ -25,13 +29,19 @@ def inverse_rms(x: Float[Array, "*batch d"], eps: float) -> Float[Array, "*batch
 
 
 def gated_rms_norm(
-    x: Float[Array, "*batch e"], z: Float[Array, "*batch e"], scale: Float[Array, " e"], ngroups: int, eps: float
+    x: Float[Array, "*batch e"],
+    z: Float[Array, "*batch e"],
+    scale: Float[Array, " e"],
+    ngroups: int,
+    eps: float,
+    *,
+    custom_gradient: bool = True,
 ) -> Float[Array, "*batch e"]:
     """Gates x with silu(z), then norms each of `ngroups` equal slices of the last axis on its own, then scales.
 
     This is Mamba2's norm with `norm_before_gate=False` (arXiv:2405.21060, section 7.1).
     """
-    return _gated(x, z, scale, ngroups, eps)
+    return _gated(x, z, scale, ngroups, eps) if custom_gradient else _gated_forward(x, z, scale, ngroups, eps)[0]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -20,14 +20,19 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
-def kernels() -> Literal["tpu", "gpu"] | None:
+def kernels(*, on_mesh: bool = False) -> Literal["tpu", "gpu"] | None:
     """Whose kernels are best for what is traced now: a TPU's, a Hopper GPU's, or none.
 
     None too unless it runs on one device, or apart on each: the compiler cannot divide a kernel among devices. With
     several of them only the inside of a `jax.shard_map` over all axes of the mesh is apart on each; for our scans and
     kernels it needs `check_vma=False`.
+
+    Args:
+        on_mesh: whether what is to run on a mesh that is set will run apart on each of its devices.
     """
-    if not _undivided(without_mesh=jax.device_count() == 1):
+    mesh = jax.sharding.get_abstract_mesh()
+    apart_later = on_mesh and not mesh.empty and not mesh.manual_axes
+    if not apart_later and not _undivided(without_mesh=jax.device_count() == 1):
         return None
     if platform() == "tpu":
         return "tpu"
@@ -49,6 +54,11 @@ def compiled_apart(function: Callable[..., Tree], *arrays: Any) -> Tree:
     if not on_one_cpu():
         return function(*arrays)
     return jax.lax.cond(jax.tree.leaves(arrays)[0].ravel()[0] == 0, function, function, *arrays)
+
+
+def rounded(arrays: Tree) -> Tree:
+    """The arrays, as they are in their dtype: XLA for TPUs would move what follows into their sums in float32."""
+    return jax.lax.optimization_barrier(arrays) if platform() == "tpu" else arrays
 
 
 def _undivided(*, without_mesh: bool) -> bool:

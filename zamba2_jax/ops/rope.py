@@ -8,13 +8,16 @@ from zamba2_jax.ops.placement import compiled_apart
 from zamba2_jax.typing import Array, Float, Int, at_least_fp32
 
 
-def rotate(x: Float[Array, "b t h p"], positions: Int[Array, "b t"], base: float) -> Float[Array, "b t h p"]:
+def rotate(
+    x: Float[Array, "b t h p"], positions: Int[Array, "b t"], base: float, *, custom_gradient: bool = True
+) -> Float[Array, "b t h p"]:
     """Rotates the pairs (x_i, x_{i + p/2}) of every head by positions * base^(-2i / p).
 
     Args:
         x: queries or keys; p is even.
         positions: in tokens, any offset: scores of rotated q and k depend on differences only.
         base: theta; 10000 by default in the published models, larger in the long-context ones.
+        custom_gradient: whether the gradient is ours, for reverse mode once, or JAX's.
     """
     half, wide = x.shape[-1] // 2, at_least_fp32(x.dtype)
 
@@ -24,16 +27,17 @@ def rotate(x: Float[Array, "b t h p"], positions: Int[Array, "b t"], base: float
         return jnp.cos(angle), jnp.concatenate([-jnp.sin(angle), jnp.sin(angle)], axis=-2)
 
     cos, sin = compiled_apart(table, positions)
-    return _turn(x.reshape(*x.shape[:-1], 2, half), cos, sin).reshape(x.shape)
+    turn = _turn if custom_gradient else _turned
+    return turn(x.reshape(*x.shape[:-1], 2, half), cos, sin).reshape(x.shape)
 
 
-@jax.custom_vjp
-def _turn(pairs: Array, cos: Array, sin: Array) -> Array:
+def _turned(pairs: Array, cos: Array, sin: Array) -> Array:
     # The halves change places by a reversal: halves cut out and put together again are slower.
     wide = pairs.astype(cos.dtype)
     return (wide * cos + jnp.flip(wide, -2) * sin).astype(pairs.dtype)
 
 
+_turn = jax.custom_vjp(_turned)
 # Back is to turn the other way. What JAX derives writes the products with sin in order to reverse them.
 _turn.defvjp(
     lambda pairs, cos, sin: (_turn(pairs, cos, sin), (cos, sin)),

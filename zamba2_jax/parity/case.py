@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from zamba2_jax.checkpoint.layout import Tensor
-from zamba2_jax.config import Zamba2Config
+from zamba2_jax.models.registry import preset
+from zamba2_jax.models.zamba2.config import Zamba2Config
+from zamba2_jax.models.zamba2.weights import Tensor
 from zamba2_jax.typing import Float, Int
 
 FIRST_TOKEN = 3
@@ -82,7 +83,7 @@ def random_tensor(tensor: Tensor, seed: int) -> Float[np.ndarray, "..."]:
 
 
 def _variants() -> dict[str, Case]:
-    base = dataclasses.replace(Zamba2Config.preset("zamba2-tiny"), num_layers=5, hybrid_layer_ids=(1, 2, 4))
+    base = dataclasses.replace(preset("zamba2-tiny"), num_layers=5, hybrid_layer_ids=(1, 2, 4))
     changes: dict[str, dict[str, Any]] = {
         "1.2b-miniature": {"num_shared_blocks": 1, "ngroups": 1, "d_state": 20, "hybrid_layer_ids": (1, 3)},
         "2.7b-miniature": {"ngroups": 1, "hybrid_layer_ids": (0, 1, 3), "attention_adapters": False, "use_rope": False},

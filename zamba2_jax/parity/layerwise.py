@@ -2,22 +2,25 @@
 
 from collections.abc import Callable, Iterator
 from functools import cache, partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx, struct
 
-from zamba2_jax.config import LayerPlan, Zamba2Config
-from zamba2_jax.model.mamba import MambaLayer
-from zamba2_jax.model.parameter import named_parameters
-from zamba2_jax.model.shared import SharedBlock, SharedCall
-from zamba2_jax.model.zamba2 import Zamba2
+from zamba2_jax.choices import Implementation
+from zamba2_jax.models.base import LanguageModel
+from zamba2_jax.models.layers import run_layers
+from zamba2_jax.nn.config import HybridPlan, LayerPlan, ModelConfig
+from zamba2_jax.nn.context import Context
+from zamba2_jax.nn.parameter import named_parameters
+from zamba2_jax.nn.tap import Tap
+from zamba2_jax.ops.backend import Backend
 from zamba2_jax.ops.linear import linear
 from zamba2_jax.ops.norm import rms_norm
 from zamba2_jax.ops.segments import document_positions
-from zamba2_jax.ops.ssd import Implementation
 from zamba2_jax.parity.case import Batch
 from zamba2_jax.parity.evidence import Items
 from zamba2_jax.typing import Array, cast_matrices
@@ -28,28 +31,38 @@ class Precision(NamedTuple):
 
     Attributes:
         dtype: compute dtype; by name.
-        implementation: of the scan; see `ops.ssd`.
+        scan: its implementation; see `ops.ssd`.
         matmul: precision of matrix products, as for `jax.default_matmul_precision`.
     """
 
     dtype: str
-    implementation: Implementation
+    scan: Implementation
     matmul: str = "default"
 
 
 ORACLE = Precision("float64", "sequential")
+
+STATES = ("conv_x_state", "conv_bc_state", "ssm_state")
+"""Taps of a mixer's state after the last token."""
+_SEE_STATES = Tap(select=lambda name: name.rsplit(".", 1)[-1] in STATES)
 
 IN_LITTLE_MEMORY: dict[str, str | bool] = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 """Has XLA order operations by the memory they hold. On CPU it orders them by when they can start, and would hold all
 matrices of a layer in float64 at once: 3.5 GB in a hybrid layer of 7B, in place of 0.5."""
 
 
-class Parts(NamedTuple):
-    """The modules that run at one layer; block and call are None at a plain one."""
+class Parts(struct.PyTreeNode):
+    """The modules that run at one layer, each as number 0, whichever it is; block and call are missing at a plain one.
 
-    layer: MambaLayer
-    block: SharedBlock | None
-    call: SharedCall | None
+    Attributes:
+        config: the architecture.
+        layers, shared, calls: by number.
+    """
+
+    config: ModelConfig = struct.field(pytree_node=False)
+    layers: dict[int, Any]
+    shared: dict[int, Any]
+    calls: dict[int, Any]
 
 
 class Ends(NamedTuple):
@@ -60,13 +73,14 @@ class Ends(NamedTuple):
     head: Array | None
 
 
-def parts_of(model: Zamba2) -> tuple[Ends, Callable[[LayerPlan], Parts]]:
+def parts_of(model: LanguageModel) -> tuple[Ends, Callable[[LayerPlan], Parts]]:
     """A whole model as `evidence` takes it."""
 
     def parts(row: LayerPlan) -> Parts:
         if row.hybrid is None:
-            return Parts(model.layers[row.layer], None, None)
-        return Parts(model.layers[row.layer], model.shared[row.hybrid.block], model.calls[row.hybrid.call])
+            return Parts(model.config, {0: model.layers[row.layer]}, {}, {})
+        block, call = model.shared[row.hybrid.block], model.calls[row.hybrid.call]
+        return Parts(model.config, {0: model.layers[row.layer]}, {0: block}, {0: call})
 
     return Ends(model.embed[...], model.norm[...], None if model.head is None else model.head[...]), parts
 
@@ -95,7 +109,7 @@ def compiler_options() -> dict[str, str | bool]:
 
 
 def evidence(
-    config: Zamba2Config,
+    config: ModelConfig,
     ends: Ends,
     parts: Callable[[LayerPlan], Parts],
     batch: Batch,
@@ -132,9 +146,9 @@ def evidence(
     for row in config.layer_plan:
         inputs.append(h)
         h, state = forward(parts(row), h, embedded, segment_ids, precision)
-        at = f"layers.{row.layer}"
-        conv_state = np.concatenate([state.conv_x, state.conv_bc], axis=-1).swapaxes(1, 2)  # as PyTorch keeps it
-        states = {f"{at}.conv_state": conv_state, f"{at}.ssm_state": np.asarray(state.ssm)}
+        at, (conv_x, conv_bc, ssm) = f"layers.{row.layer}", (np.asarray(state[name]) for name in STATES)
+        conv_state = np.concatenate([conv_x, conv_bc], axis=-1).swapaxes(1, 2)  # as PyTorch keeps it
+        states = {f"{at}.conv_state": conv_state, f"{at}.ssm_state": ssm}
         yield {f"{at}.output": np.asarray(h) * real} | states
 
     loss, logits, (cotangent, d_norm, d_matrix) = head(config.rms_norm_eps, ends, h, tokens, segment_ids, precision)
@@ -151,19 +165,21 @@ def evidence(
 
     kept = precision.dtype if sum_calls else "float32"
     d_embedded = jnp.zeros_like(embedded)
-    d_shared: dict[int, SharedBlock] = {}
+    d_shared: dict[int, nnx.Module] = {}
     for row, h in zip(reversed(config.layer_plan), reversed(inputs), strict=True):
         d_parts, cotangent, d_e = backward(parts(row), h, embedded, segment_ids, cotangent, precision, kept)
-        yield _gradients(f"layers.{row.layer}", d_parts.layer)
+        yield _gradients(f"layers.{row.layer}", d_parts.layers[0])
         if row.hybrid is None:
             continue
         d_embedded += d_e
-        yield _gradients(f"calls.{row.hybrid.call}", d_parts.call)
+        yield _gradients(f"calls.{row.hybrid.call}", d_parts.calls[0])
         b = row.hybrid.block
         if not sum_calls:
-            yield _gradients(f"calls.{row.hybrid.call}.block", d_parts.block)
+            yield _gradients(f"calls.{row.hybrid.call}.block", d_parts.shared[0])
         else:
-            d_shared[b] = d_parts.block if b not in d_shared else jax.tree.map(jnp.add, d_shared[b], d_parts.block)
+            d_shared[b] = (
+                d_parts.shared[0] if b not in d_shared else jax.tree.map(jnp.add, d_shared[b], d_parts.shared[0])
+            )
         del d_parts  # or it would be held while the next ones are computed
     for b, d_block in d_shared.items():
         yield _gradients(f"shared.{b}", d_block)
@@ -171,16 +187,17 @@ def evidence(
     yield {"gradient.embed": np.asarray(d_embed if d_matrix is None else d_embed + d_matrix)}
 
 
-def _forward(parts: Parts, h: Array, embedded: Array, segment_ids: Array | None, precision: Precision):
-    """The layer's output, and its state after the last token."""
-    layer, block, call = cast_matrices(parts, precision.dtype)
-    given = None
-    if block is not None and call is not None:
-        t = h.shape[1]
-        positions = jnp.arange(t)[None] if segment_ids is None else document_positions(segment_ids)
-        positions, projected = jnp.broadcast_to(positions, h.shape[:2]), block.project_embedded(embedded)
-        given = block(h, embedded, projected, call, positions, segment_ids)[0]
-    return layer(h, given, None, segment_ids, implementation=precision.implementation)
+def _forward(
+    parts: Parts, h: Array, embedded: Array, segment_ids: Array | None, precision: Precision
+) -> tuple[Array, dict[str, Array]]:
+    """The layer's output, and its state after the last token, by the names of `STATES`."""
+    positions = jnp.arange(h.shape[1])[None] if segment_ids is None else document_positions(segment_ids)
+    context = Context(
+        jnp.broadcast_to(positions, h.shape[:2]), segment_ids, backend=Backend(scan=precision.scan), tap=_SEE_STATES
+    )
+    row = LayerPlan(0, HybridPlan(0, 0) if parts.calls else None)
+    run = run_layers(cast_matrices(parts, precision.dtype), h, embedded, context, layers=[row])
+    return run.h, {name: run.tapped[f"layers.0.mamba.{name}"] for name in STATES}
 
 
 def _backward(
@@ -220,6 +237,6 @@ def _head(eps: float, ends: Ends, h: Array, tokens: Array, segment_ids: Array | 
     return loss, logits, gradients
 
 
-def _gradients(prefix: str, module: MambaLayer | SharedBlock | SharedCall) -> Items:
+def _gradients(prefix: str, module: nnx.Module) -> Items:
     named = named_parameters(module).items()
     return {f"gradient.{prefix}.{name}": np.asarray(parameter[...]) for name, parameter in named}

@@ -7,39 +7,39 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from zamba2_jax.checkpoint.layout import tensors
-from zamba2_jax.config import Zamba2Config
-from zamba2_jax.generate import generate
-from zamba2_jax.model.loss import next_token_loss
-from zamba2_jax.model.parameter import named_parameters, with_values
-from zamba2_jax.model.tap import capture
-from zamba2_jax.model.zamba2 import Zamba2
+from zamba2_jax.inference.api import generate
+from zamba2_jax.interpret.taps import Captured, capture
+from zamba2_jax.models.base import LanguageModel
+from zamba2_jax.models.registry import family_of, init_model
+from zamba2_jax.nn.config import ModelConfig
+from zamba2_jax.nn.parameter import named_parameters, with_values
 from zamba2_jax.parity.case import Batch, random_tensor
 from zamba2_jax.parity.evidence import Items
+from zamba2_jax.train.objectives import next_token_loss
 from zamba2_jax.typing import DTypeLike, param_dtype
 
 
-def random_model(config: Zamba2Config, seed: int, dtype: DTypeLike = jnp.float32) -> Zamba2:
+def random_model(config: ModelConfig, seed: int, dtype: DTypeLike = jnp.float32) -> LanguageModel:
     """A model of the weights of `case.random_tensor`, in compute dtype `dtype`."""
     values = {
         path: jnp.asarray(array, param_dtype(array.ndim, dtype))
-        for tensor in tensors(config)
+        for tensor in family_of(config).tensors(config)
         for path, array in tensor.split(random_tensor(tensor, seed)).items()
     }
-    return with_values(jax.eval_shape(lambda: Zamba2(config, rngs=nnx.Rngs(0))), values)
+    return with_values(jax.eval_shape(lambda: init_model(config, rngs=nnx.Rngs(0))), values)
 
 
-def forward(model: Zamba2, batch: Batch) -> Items:
+def forward(model: LanguageModel, batch: Batch) -> Items:
     """Embeddings, layer outputs, states after the last token, and logits."""
     layers = [f"layers.{i}" for i in range(model.config.num_layers)]
     states = ("mamba.conv_x_state", "mamba.conv_bc_state", "mamba.ssm_state")
     select = ("embed", *(f"{layer}.output" for layer in layers), *(f"{layer}.{s}" for layer in layers for s in states))
 
     @jax.jit
-    def run(model: Zamba2, tokens: jax.Array, segment_ids: jax.Array | None) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def run(model: LanguageModel, tokens: jax.Array, segment_ids: jax.Array | None) -> Captured:
         return capture(model, tokens, select=select, segment_ids=segment_ids)
 
-    logits, captured = run(model, batch.tokens, batch.segment_ids)
+    logits, captured, _ = run(model, batch.tokens, batch.segment_ids)
     real = batch.real[..., None]
     items = {name: np.asarray(captured[name], np.float32) * real for name in select if name.endswith(("d", "output"))}
     for layer in layers:
@@ -49,12 +49,12 @@ def forward(model: Zamba2, batch: Batch) -> Items:
     return items | {"logits": np.asarray(logits, np.float32) * real}
 
 
-def gradients(model: Zamba2, batch: Batch, *, backward: bool = True) -> Iterator[Items]:
+def gradients(model: LanguageModel, batch: Batch, *, backward: bool = True) -> Iterator[Items]:
     """The loss and, with `backward`, its gradient in every parameter."""
     if batch.tokens.shape[1] == 1:
         return
 
-    def loss_of(model: Zamba2, tokens: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    def loss_of(model: LanguageModel, tokens: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
         return next_token_loss(model, tokens, segment_ids)[0]
 
     if not backward:
@@ -67,7 +67,7 @@ def gradients(model: Zamba2, batch: Batch, *, backward: bool = True) -> Iterator
         yield {f"gradient.{name}": np.asarray(parameter[...])}
 
 
-def greedy(model: Zamba2, batch: Batch, new_tokens: int) -> np.ndarray:
+def greedy(model: LanguageModel, batch: Batch, new_tokens: int) -> np.ndarray:
     """The likeliest continuation of every row, [b, new_tokens], decoded with its cache."""
     tokens = jnp.asarray(batch.tokens)
     prompts = [np.asarray(row)[real].tolist() for row, real in zip(tokens, batch.real, strict=True)]

@@ -8,8 +8,9 @@ import torch
 import transformers
 from torch import nn
 
-from zamba2_jax.checkpoint.layout import Tensor, tensors
-from zamba2_jax.config import Zamba2Config
+from zamba2_jax.models.registry import config_json, family_of
+from zamba2_jax.models.tensors import Tensor
+from zamba2_jax.models.zamba2.config import Zamba2Config
 from zamba2_jax.parity.case import Batch
 from zamba2_jax.parity.evidence import Items
 
@@ -31,7 +32,7 @@ def reference_config(config: Zamba2Config, chunk_size: int) -> transformers.Zamb
     """
     if config.time_step_limit != (0.0, float("inf")):
         raise ValueError(f"time_step_limit={config.time_step_limit}: transformers can only be held to (0, inf)")
-    return transformers.Zamba2Config.from_dict(config.to_hf() | {"time_step_min": 1e-30, "chunk_size": chunk_size})
+    return transformers.Zamba2Config.from_dict(config_json(config) | {"time_step_min": 1e-30, "chunk_size": chunk_size})
 
 
 def load(directory: Path, config: Zamba2Config, dtype: str, chunk_size: int) -> transformers.Zamba2ForCausalLM:
@@ -98,7 +99,7 @@ def gradients(
         return
     loss.backward()
     parameters = dict(model.named_parameters())
-    for tensor in tensors(config):
+    for tensor in family_of(config).tensors(config):
         gradient = parameters[tensor.name].grad
         assert gradient is not None
         yield split(tensor, gradient)

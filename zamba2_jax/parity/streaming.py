@@ -12,11 +12,12 @@ from flax import nnx
 from safetensors import safe_open
 
 from zamba2_jax.checkpoint.hf import find_entries, match
-from zamba2_jax.checkpoint.layout import Tensor, tensors
-from zamba2_jax.config import LayerPlan, Zamba2Config
-from zamba2_jax.model.mamba import MambaLayer
-from zamba2_jax.model.parameter import ModuleT, with_values
-from zamba2_jax.model.shared import SharedBlock, SharedCall
+from zamba2_jax.models.base import Part
+from zamba2_jax.models.registry import family_of
+from zamba2_jax.models.tensors import Tensor
+from zamba2_jax.models.zamba2.config import Zamba2Config
+from zamba2_jax.nn.config import LayerPlan
+from zamba2_jax.nn.parameter import with_values
 from zamba2_jax.parity import layerwise, reference_layerwise
 from zamba2_jax.parity.case import Case, random_tensor
 from zamba2_jax.parity.check import Report, compare_items, compare_tokens, limits_for, report
@@ -88,7 +89,7 @@ class _Weights:
     def __init__(self, config: Zamba2Config, read: Read):
         self._config, self._read = config, read
         self._table: dict[str, list[Tensor]] = {}
-        for tensor in tensors(config):
+        for tensor in family_of(config).tensors(config):
             owner = ".".join(tensor.parts[0].path.split(".")[:2])
             self._table.setdefault(owner if "." in owner else "", []).append(tensor)
         self.layer = lru_cache(maxsize=1)(self._layer)
@@ -112,17 +113,19 @@ class _Weights:
 
     def _parts(self, row: LayerPlan) -> layerwise.Parts:
         """The same as modules."""
-        tensors, block, call = self.layer(row), None, None
-        if row.hybrid is not None:
-            block = self._module(SharedBlock, tensors, f"shared.{row.hybrid.block}.")
-            call = self._module(SharedCall, tensors, f"calls.{row.hybrid.call}.")
-        return layerwise.Parts(self._module(MambaLayer, tensors, f"layers.{row.layer}."), block, call)
+        tensors, model = self.layer(row), family_of(self._config).model()
+        layer = self._module(model.layer, tensors, f"layers.{row.layer}.")
+        if row.hybrid is None:
+            return layerwise.Parts(self._config, {0: layer}, {}, {})
+        block = self._module(model.block, tensors, f"shared.{row.hybrid.block}.")
+        call = self._module(model.call, tensors, f"calls.{row.hybrid.call}.")
+        return layerwise.Parts(self._config, {0: layer}, {0: block}, {0: call})
 
-    def _module(self, kind: Callable[..., ModuleT], tensors: dict[Tensor, np.ndarray], prefix: str) -> ModuleT:
+    def _module(self, kind: Part, tensors: dict[Tensor, np.ndarray], prefix: str) -> nnx.Module:
         """The module whose paths start with `prefix`, on its share of the tensors."""
         own = _split({tensor: array for tensor, array in tensors.items() if tensor.parts[0].path.startswith(prefix)})
         values = {path.removeprefix(prefix): array for path, array in own.items()}
-        return with_values(jax.eval_shape(lambda: kind(self._config, rngs=nnx.Rngs(0))), values)
+        return with_values(jax.eval_shape(lambda: kind(self._config, rngs=nnx.Rngs(0), dtype=jnp.float32)), values)
 
     def _read_all(self, owner: str) -> dict[Tensor, np.ndarray]:
         return {tensor: self._read(tensor) for tensor in self._table[owner]}

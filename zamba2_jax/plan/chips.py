@@ -12,8 +12,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
-from zamba2_jax.sharding import MESH_AXES
-from zamba2_jax.train.flops import PEAK_FLOPS
+from zamba2_jax.parallel.mesh import MESH_AXES
+from zamba2_jax.train.peak import PEAK_FLOPS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,14 +6,12 @@ import time
 from collections.abc import Mapping
 
 import jax
-from flax import nnx
 
-from zamba2_jax.config import Zamba2Config
-from zamba2_jax.model import Zamba2
+from zamba2_jax.models.flops import executed_flops, train_flops
+from zamba2_jax.nn.config import ModelConfig
+from zamba2_jax.parallel.mesh import check_mesh
 from zamba2_jax.plan.chips import Chip, Slice
 from zamba2_jax.plan.hlo import Traffic, traffic
-from zamba2_jax.sharding import check_mesh
-from zamba2_jax.train.flops import executed_flops, train_flops
 from zamba2_jax.train.optimizer import AdamW
 from zamba2_jax.train.step import StepConfig, TrainState, abstract_batch, abstract_state, lower_train_step
 
@@ -29,7 +27,7 @@ class Job:
         step: how the step computes.
     """
 
-    config: Zamba2Config
+    config: ModelConfig
     batch: int
     length: int
     step: StepConfig
@@ -50,7 +48,7 @@ class Estimate:
         parameters, optimizer: what stays from step to step.
         temporaries: what the step needs besides, by the compiler.
         memory: of a chip.
-        flops: executed, with what is recomputed; by formula, see `train.flops.executed_flops`.
+        flops: executed, with what is recomputed; by formula, see `models.flops.executed_flops`.
         traffic: bytes moved, from the compiled program.
         compute, memory_time, network: seconds at the peak rates.
         utilisation: model FLOPs, without what is recomputed, over those of the chips at peak in the longest time.
@@ -86,12 +84,6 @@ class Estimate:
         """What takes the longest: "compute", "memory" or "network"."""
         times = {"compute": self.compute, "memory": self.memory_time, "network": self.network}
         return max(times, key=lambda name: times[name])
-
-
-def count_parameters(config: Zamba2Config) -> int:
-    """The parameters of a model, shared ones once."""
-    model = jax.eval_shape(lambda: Zamba2(config, rngs=nnx.Rngs(0)))
-    return sum(leaf.size for leaf in jax.tree.leaves(model))
 
 
 def estimate(job: Job, slice: Slice, sizes: Mapping[str, int]) -> Estimate:

@@ -3,10 +3,11 @@
 import dataclasses
 from collections.abc import Iterator
 
-from zamba2_jax.config import Zamba2Config
+from zamba2_jax.models.flops import count_parameters
+from zamba2_jax.nn.config import ModelConfig
+from zamba2_jax.parallel.mesh import check_mesh
 from zamba2_jax.plan.chips import Slice
-from zamba2_jax.plan.estimate import Job, count_parameters
-from zamba2_jax.sharding import check_mesh
+from zamba2_jax.plan.estimate import Job
 
 _STATE_BYTES = 12
 """Of a parameter and its two moments in float32."""
@@ -32,9 +33,9 @@ def candidates(job: Job, slice: Slice) -> Iterator[tuple[Job, dict[str, int]]]:
                 yield dataclasses.replace(job, step=dataclasses.replace(job.step, remat=remat)), sizes
 
 
-def _fewest(config: Zamba2Config, slice: Slice, tensor: int, others: int) -> int:
+def _fewest(config: ModelConfig, slice: Slice, tensor: int, others: int) -> int:
     """The smallest divisor of `others` over which the state takes half of a chip's memory at most."""
-    state = _STATE_BYTES * count_parameters(config) / tensor
+    state = _STATE_BYTES * sum(count_parameters(config).values()) / tensor
     divisors = [size for size in range(1, others + 1) if others % size == 0]
     return next((size for size in divisors if state / size <= slice.chip.memory / 2), others)
 

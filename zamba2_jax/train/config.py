@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from zamba2_jax.checkpoint.hub import local_directory
-from zamba2_jax.config import Zamba2Config
+from zamba2_jax.data.synthetic import AnySource
+from zamba2_jax.models.registry import family, preset, read_config
+from zamba2_jax.nn.config import ModelConfig
+from zamba2_jax.parallel.mesh import MeshSizes
 from zamba2_jax.train.optimizer import AdamW, Muon
 from zamba2_jax.train.schedule import Phase, learning_rate
 from zamba2_jax.train.step import StepConfig
-from zamba2_jax.train.synthetic import AnySource
 
 T = TypeVar("T")
 
@@ -23,28 +25,42 @@ EMBEDDED_TOKENIZER = "embedded"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Which model to train; exactly one of these.
+class ModelSource:
+    """Which model to train; exactly one of preset, architecture and hf.
 
     Attributes:
         preset: an architecture by name, with random weights.
-        architecture: the fields of `Zamba2Config`, with random weights.
+        overrides: fields of the preset's architecture that are to be others. Keys that are not named here are taken for
+            such, so that `model.num_layers = 9` beside a preset is one.
+        architecture: the fields of an architecture, with random weights; its family by "model_type", "zamba2" by
+            default.
         hf: a checkpoint to start from, weights included: a directory or the id of a repository on the Hugging Face hub.
 
     Raises:
-        ValueError: none or several are given.
+        ValueError: none or several are given, or overrides without a preset.
     """
 
     preset: str | None = None
+    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     architecture: Mapping[str, Any] | None = None
     hf: str | None = None
 
     def __post_init__(self) -> None:
-        given = [field.name for field in dataclasses.fields(self) if getattr(self, field.name) is not None]
+        given = [name for name in ("preset", "architecture", "hf") if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(f"model: {given or 'nothing'} is given: expected one of preset, architecture, hf")
+        if self.overrides and self.preset is None:
+            raise ValueError(f"model: {', '.join(self.overrides)} is given beside {given[0]}: expected a preset")
 
-    def resolve(self) -> Zamba2Config:
+    @classmethod
+    def complete_table(cls, table: Mapping[str, Any]) -> dict[str, Any]:
+        """The table with its overrides in one place."""
+        own = {field.name for field in dataclasses.fields(cls)}
+        others = {key: value for key, value in table.items() if key not in own}
+        rest = {key: value for key, value in table.items() if key in own}
+        return rest | {"overrides": {**rest.get("overrides", {}), **others}} if others else rest
+
+    def resolve(self) -> ModelConfig:
         """The architecture.
 
         Raises:
@@ -52,20 +68,22 @@ class ModelConfig:
             OSError: there is no such checkpoint.
         """
         if self.preset is not None:
-            return Zamba2Config.preset(self.preset)
+            return preset(self.preset, **self.overrides)
         if self.architecture is not None:
-            return from_table(Zamba2Config, self.architecture, "model.architecture")
-        return Zamba2Config.from_hf(local_directory(str(self.hf)))
+            return architecture_from_table(self.architecture, "model.architecture")
+        return read_config(local_directory(str(self.hf)))
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MeshConfig:
-    """The sizes of the mesh's axes; see `zamba2_jax.sharding`."""
+def architecture_from_table(table: object, place: str) -> ModelConfig:
+    """An architecture of any family from its fields; `model_type`, "zamba2" by default, says of which.
 
-    data: int = 1
-    fsdp: int = 1
-    tensor: int = 1
-    sequence: int = 1
+    Raises:
+        ValueError: there is no such family, or as `from_table`.
+    """
+    if not isinstance(table, Mapping):
+        raise ValueError(f"{place} is {table!r}: expected a table")
+    fields = {key: value for key, value in table.items() if key != "model_type"}
+    return from_table(family(table.get("model_type", "zamba2")).config, fields, place)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,7 +165,7 @@ class RunConfig:
     """
 
     directory: str
-    model: ModelConfig
+    model: ModelSource
     tokenizer: str | None = None
     sources: Mapping[str, AnySource]
     phases: tuple[Phase, ...]
@@ -160,7 +178,7 @@ class RunConfig:
     init_scale: Mapping[str, float] = dataclasses.field(default_factory=dict)
     dtype: Literal["float32", "bfloat16"] = "float32"
     step: StepConfig = dataclasses.field(default_factory=StepConfig)
-    mesh: MeshConfig = MeshConfig()
+    mesh: MeshSizes = dataclasses.field(default_factory=MeshSizes)
     checkpoints: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
@@ -225,7 +243,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     return from_table(RunConfig, table)
 
 
-def from_table(kind: type[T], table: object, place: str = "") -> T:
+def from_table(kind: type[T], table: Any, place: str = "") -> T:
     """A dataclass from nested dicts and lists.
 
     Args:
@@ -235,12 +253,16 @@ def from_table(kind: type[T], table: object, place: str = "") -> T:
         table: the values.
         place: where the table stands, for messages.
 
+    A dataclass may have a class method `complete_table`, which the table goes through first.
+
     Raises:
         ValueError: a key is unknown or missing, a value has another type, or the dataclass refuses it.
     """
     fields = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
     if not isinstance(table, Mapping):
         raise ValueError(f"{place or 'the file'} is {table!r}: expected a table")
+    if (complete := getattr(kind, "complete_table", None)) is not None:
+        table = dict(complete(table))
     for key in table:
         if key not in fields:
             raise ValueError(f"{_join(place, key)} is unknown{_nearest(key, fields)}")

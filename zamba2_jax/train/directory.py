@@ -8,16 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from zamba2_jax.config import Zamba2Config
+from zamba2_jax.data.corpus import embedded_tokenizer
+from zamba2_jax.data.sources import SourceConfig
 from zamba2_jax.files import write_directory_atomically, write_json
+from zamba2_jax.nn.config import ModelConfig
 from zamba2_jax.text.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from zamba2_jax.text.vocabulary import copy_tokenizer, save_tokenizer
-from zamba2_jax.train.config import EMBEDDED_TOKENIZER, RunConfig, differences, from_table
-from zamba2_jax.train.corpus import embedded_tokenizer
-from zamba2_jax.train.sources import SourceConfig
+from zamba2_jax.train.config import EMBEDDED_TOKENIZER, RunConfig, architecture_from_table, differences, from_table
 
 CONFIG = "config.json"  # the RunConfig with all its defaults; written last, so that it says that a run is here
-ARCHITECTURE = "architecture.json"  # the Zamba2Config
+ARCHITECTURE = "architecture.json"  # the ModelConfig
 TOKENIZER = "tokenizer"
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
@@ -49,7 +49,7 @@ def claim(directory: Path) -> Iterator[None]:
         yield
 
 
-def read_run(directory: Path) -> tuple[RunConfig, Zamba2Config]:
+def read_run(directory: Path) -> tuple[RunConfig, ModelConfig]:
     """What the run in a directory was started with.
 
     Raises:
@@ -59,10 +59,10 @@ def read_run(directory: Path) -> tuple[RunConfig, Zamba2Config]:
     if not (directory / CONFIG).is_file():
         raise FileNotFoundError(f"{directory} is not the directory of a run: there is no {CONFIG} in it")
     config = from_table(RunConfig, _read_json(directory / CONFIG))
-    return config, from_table(Zamba2Config, _read_json(directory / ARCHITECTURE), ARCHITECTURE)
+    return config, architecture_from_table(_read_json(directory / ARCHITECTURE), ARCHITECTURE)
 
 
-def resolve_architecture(config: RunConfig, directory: Path) -> Zamba2Config:
+def resolve_architecture(config: RunConfig, directory: Path) -> ModelConfig:
     """The architecture of the run that is in the directory, or else of a new one.
 
     Raises:
@@ -113,7 +113,7 @@ def _tokenizer_source(config: RunConfig) -> str | None:
     return next((path for path in beside if has_tokenizer(Path(path))), config.model.hf)
 
 
-def write_run(config: RunConfig, architecture: Zamba2Config, tokenizer: Tokenizer | None, directory: Path) -> None:
+def write_run(config: RunConfig, architecture: ModelConfig, tokenizer: Tokenizer | None, directory: Path) -> None:
     """Writes down what the run is, for when it goes on.
 
     Raises:
@@ -121,7 +121,8 @@ def write_run(config: RunConfig, architecture: Zamba2Config, tokenizer: Tokenize
     """
     if tokenizer is not None and not (directory / TOKENIZER).is_dir():
         write_directory_atomically(directory / TOKENIZER, lambda path: _write_tokenizer(config, tokenizer, path))
-    write_json(directory / ARCHITECTURE, dataclasses.asdict(architecture))
+    table = {"model_type": architecture.model_type, **dataclasses.asdict(architecture)}
+    write_json(directory / ARCHITECTURE, table)
     write_json(directory / CONFIG, config.as_dict())
 
 

@@ -8,8 +8,8 @@ from flax import nnx
 
 from zamba2_jax.checkpoint.hf import save_hf
 from zamba2_jax.checkpoint.history import Checkpoints
-from zamba2_jax.config import Zamba2Config
-from zamba2_jax.model import Zamba2
+from zamba2_jax.models.registry import init_model
+from zamba2_jax.nn.config import ModelConfig
 from zamba2_jax.text.tokenizer import Tokenizer, load_tokenizer
 from zamba2_jax.text.vocabulary import copy_tokenizer
 from zamba2_jax.train.directory import CHECKPOINTS, TOKENIZER, read_run
@@ -40,7 +40,7 @@ def export(directory: Path, out: Path, step: int | None = None) -> int:
             step = checkpoints.steps[-1]
         if config.model.hf is None and (directory / TOKENIZER).is_dir():
             architecture = _with_token_ids(architecture, load_tokenizer(directory / TOKENIZER))
-        like = jax.eval_shape(lambda: Zamba2(architecture, rngs=nnx.Rngs(0), dtype=config.dtype))
+        like = jax.eval_shape(lambda: init_model(architecture, rngs=nnx.Rngs(0), dtype=config.dtype))
         model = checkpoints.restore_part(step, like, "model")
     save_hf(model, out)
     if (directory / TOKENIZER).is_dir():
@@ -48,7 +48,7 @@ def export(directory: Path, out: Path, step: int | None = None) -> int:
     return step
 
 
-def _with_token_ids(architecture: Zamba2Config, tokenizer: Tokenizer) -> Zamba2Config:
+def _with_token_ids(architecture: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
     """The architecture with the special tokens of the tokenizer it was trained with, as far as it can be fed them."""
 
     def known(name: str) -> int | None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from zamba2_jax.model.stack import ObservedCall
+from zamba2_jax.models.layers import ObservedCall
 from zamba2_jax.ops.attention_entropy import attention_entropy
 from zamba2_jax.train.metrics import CallHealth, GroupHealth, HealthRecord
 from zamba2_jax.train.patterns import matches

@@ -12,7 +12,7 @@ import grain
 import jax
 import jax.numpy as jnp
 
-from zamba2_jax.train.data import Batch, Source, batches
+from zamba2_jax.data.batches import Batch, Source, batches
 from zamba2_jax.train.health import health_record
 from zamba2_jax.train.metrics import EvalRecord, HealthRecord, Report, TrainRecord
 from zamba2_jax.train.schedule import Phase, boundaries
@@ -259,7 +259,7 @@ def _metrics(numbers: Sequence[float]) -> StepMetrics:
 def _health_record(state: TrainState, metrics: StepMetrics, phase: Phase, step: int) -> HealthRecord:
     if metrics.health is None:
         raise ValueError("the step measures no health: expected one that is compiled with the same health_every")
-    layers, rate = state.model.config.hybrid_layer_ids, float(metrics.learning_rate)
+    layers, rate = state.model.config.hybrid_layers, float(metrics.learning_rate)
     return health_record(metrics.health, layers, phase=phase.name, step=step, rate=rate)
 
 

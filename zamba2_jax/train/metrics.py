@@ -24,7 +24,7 @@ class TrainRecord:
         skipped: steps skipped since the start of the run, their loss or gradient not being finite.
         waited: seconds of those that the steps waited for their batches.
         memory: bytes, the most that a device of this process held so far, or the process where devices do not say.
-        utilisation: model FLOP/s over what the devices can do at most, None where that is not known; see `train.flops`.
+        utilisation: model FLOP/s over what the devices can do at most, None where that is not known; see `train.peak`.
     """
 
     phase: str

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from zamba2_jax.sharding import ambient_mesh
+from zamba2_jax.parallel.mesh import ambient_mesh
 from zamba2_jax.train.patterns import check_patterns, matches
 from zamba2_jax.train.stacks import Leaf, leaves_of, parameter_names
 from zamba2_jax.typing import Array, Float

@@ -5,12 +5,12 @@ import re
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
-from zamba2_jax.model import Zamba2
-from zamba2_jax.model.parameter import named_parameters, with_values
+from zamba2_jax.models.base import LanguageModel
+from zamba2_jax.nn.parameter import named_parameters, with_values
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether a parameter's name, as `model.parameter.named_parameters` gives it, fits a pattern.
+    """Whether a parameter's name, as `nn.parameter.named_parameters` gives it, fits a pattern.
 
     Patterns are those of `fnmatch`: "*" stands for any text, dots too, "?" for one character, "[0-3]" for one of them.
     """
@@ -35,7 +35,7 @@ def check_patterns(patterns: Iterable[tuple[str, str]], names: Iterable[str]) ->
             raise ValueError(f"{place}={pattern!r} fits no parameter: {hint}")
 
 
-def scale_matrices(model: Zamba2, scales: Mapping[str, float]) -> Zamba2:
+def scale_matrices(model: LanguageModel, scales: Mapping[str, float]) -> LanguageModel:
     """The model with matrices multiplied by the factor of the last pattern that their names fit; vectors stay.
 
     Raises:

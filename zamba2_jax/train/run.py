@@ -17,15 +17,16 @@ from rich.console import Console
 
 from zamba2_jax.checkpoint.hf import load_hf
 from zamba2_jax.checkpoint.history import Checkpoints
-from zamba2_jax.config import Zamba2Config
-from zamba2_jax.model import Zamba2
-from zamba2_jax.sharding import check_mesh
+from zamba2_jax.data.batches import Batch, Source, held_out
+from zamba2_jax.data.documents import Documents
+from zamba2_jax.data.synthetic import AnySource, open_source
+from zamba2_jax.models.flops import train_flops
+from zamba2_jax.models.registry import init_model
+from zamba2_jax.nn.config import ModelConfig
+from zamba2_jax.parallel.hosts import host_share, place, preemption, run_mesh
+from zamba2_jax.parallel.mesh import check_mesh
 from zamba2_jax.train import directory as layout
 from zamba2_jax.train.config import LoggingConfig, RunConfig
-from zamba2_jax.train.data import Batch, Source, held_out
-from zamba2_jax.train.documents import Documents
-from zamba2_jax.train.flops import peak_flops, train_flops
-from zamba2_jax.train.hosts import host_share, place, preemption, run_mesh
 from zamba2_jax.train.loop import AfterStep, DivergedError, Position, Stage, make_stages, train
 from zamba2_jax.train.metrics import (
     EvalRecord,
@@ -38,11 +39,11 @@ from zamba2_jax.train.metrics import (
     tee,
 )
 from zamba2_jax.train.patterns import check_patterns, scale_matrices
+from zamba2_jax.train.peak import peak_flops
 from zamba2_jax.train.progress import ProgressView
 from zamba2_jax.train.schedule import boundaries, learning_rate
 from zamba2_jax.train.stacks import parameter_names
 from zamba2_jax.train.step import TrainState, abstract_batch, abstract_state, compile_train_step, init_state
-from zamba2_jax.train.synthetic import AnySource, open_source
 
 
 def run(config: RunConfig, console: Console) -> bool:
@@ -105,7 +106,7 @@ class _Plan(NamedTuple):
     """
 
     config: RunConfig
-    architecture: Zamba2Config
+    architecture: ModelConfig
     directory: Path
     mesh: Mesh
     stages: list[Stage]
@@ -120,7 +121,7 @@ def _prepare(config: RunConfig, directory: Path, console: Console) -> _Plan:
     check_mesh(architecture, mesh, batch=config.batch_size, length=config.length)
     console.print("Opening the data")
     tokenizer = layout.open_tokenizer(config, directory, architecture.vocab_size)
-    names = parameter_names(jax.eval_shape(lambda: Zamba2(architecture, rngs=nnx.Rngs(0))))
+    names = parameter_names(jax.eval_shape(lambda: init_model(architecture, rngs=nnx.Rngs(0))))
     config.optimizer.check(names)
     check_patterns(((f"init_scale.{pattern}", pattern) for pattern in config.init_scale), names)
 
@@ -213,7 +214,7 @@ def _start(
     if config.model.hf is not None:
         model = load_hf(config.model.hf, dtype=config.dtype, mesh=plan.mesh)
     else:
-        fresh = Zamba2(plan.architecture, rngs=nnx.Rngs(config.seed), dtype=config.dtype)
+        fresh = init_model(plan.architecture, rngs=nnx.Rngs(config.seed), dtype=config.dtype)
         model = scale_matrices(fresh, config.init_scale)
     begin = jax.jit(lambda model: init_state(model, optimizer), out_shardings=places, donate_argnums=0)
     return begin(model), None

@@ -23,7 +23,7 @@ Tree = TypeVar("Tree")
 
 
 class Names(NamedTuple):
-    """What is in `Stacks`, as `model.parameter.named_parameters` names it.
+    """What is in `Stacks`, as `nn.parameter.named_parameters` names it.
 
     Attributes:
         stacked: the parameters of each stack, in order, by its key.

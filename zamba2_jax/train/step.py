@@ -15,13 +15,16 @@ import optax
 from flax import nnx, struct
 from jax.sharding import Mesh
 
-from zamba2_jax.config import Zamba2Config
-from zamba2_jax.model import Zamba2
-from zamba2_jax.model.loss import loss_share, prediction_share, target_weights
-from zamba2_jax.model.stack import Remat, hidden_states, when
+from zamba2_jax.choices import Implementation, Remat
+from zamba2_jax.data.batches import Batch
+from zamba2_jax.models.base import LanguageModel
+from zamba2_jax.models.layers import LayerOptions, when
+from zamba2_jax.models.registry import init_model
+from zamba2_jax.nn.config import ModelConfig
+from zamba2_jax.nn.tap import NO_TAP, Tap
+from zamba2_jax.ops.backend import Backend, default_backend
 from zamba2_jax.ops.placement import compiled_apart, platform
-from zamba2_jax.ops.ssd import Implementation
-from zamba2_jax.sharding import (
+from zamba2_jax.parallel.mesh import (
     abstract_on_mesh,
     batch_sharding,
     constrain,
@@ -29,8 +32,8 @@ from zamba2_jax.sharding import (
     row_shares,
     summed_over_rows,
 )
-from zamba2_jax.train.data import Batch
 from zamba2_jax.train.health import CallSums, Health, call_sums, group_sizes
+from zamba2_jax.train.objectives import loss_share, prediction_share, target_weights
 from zamba2_jax.train.rounding import stored
 from zamba2_jax.train.stacks import Stacking, leaves_of
 from zamba2_jax.typing import Array, Bool, Float, Int, at_least_fp32
@@ -57,7 +60,7 @@ class StepConfig:
             state; by default that of the state.
         z_loss: weight of the mean square of the logits' ln sum exp, which keeps it near 0 (arXiv:2204.02311).
         loss_chunk: positions of a row whose logits exist at a time.
-        implementation: of the scan of Mamba2; by default the fastest on the platform, see `ops.ssd`.
+        scan: implementation of the scan of Mamba2; by default the fastest on the platform, see `ops.ssd`.
 
     Raises:
         ValueError: a value breaks a rule; the message names field, value and rule.
@@ -69,7 +72,7 @@ class StepConfig:
     compute_dtype: Literal["float32", "bfloat16"] | None = None
     z_loss: float = 0.0
     loss_chunk: int = 256
-    implementation: Implementation | None = None
+    scan: Implementation | None = None
 
     def __post_init__(self) -> None:
         def one_of(values: tuple[object, ...]) -> str:
@@ -82,7 +85,7 @@ class StepConfig:
             "compute_dtype": (self.compute_dtype in dtypes, one_of(dtypes)),
             "z_loss": (0 <= self.z_loss < math.inf, "a finite number >= 0"),
             "loss_chunk": (self.loss_chunk >= 1, "an integer >= 1"),
-            "implementation": (self.implementation in implementations, one_of(implementations)),
+            "scan": (self.scan in implementations, one_of(implementations)),
         }
         for field, (valid, rule) in rules.items():
             if not valid:
@@ -105,7 +108,7 @@ class TrainState:
 
     step: Int[Array, ""]
     skipped: Int[Array, ""]
-    model: Zamba2
+    model: LanguageModel
     opt_state: optax.OptState
 
 
@@ -133,19 +136,19 @@ class StepMetrics:
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 
 
-def init_state(model: Zamba2, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(model: LanguageModel, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step."""
 
-    def init(model: Zamba2) -> optax.OptState:
+    def init(model: LanguageModel) -> optax.OptState:
         return constrain_parameters(optimizer.init(model))
 
     step, skipped = jnp.zeros((2,), jnp.int32)
     return TrainState(step=step, skipped=skipped, model=model, opt_state=jax.jit(init)(model))
 
 
-def abstract_state(config: Zamba2Config, optimizer: optax.GradientTransformation, mesh: Mesh, dtype: str) -> TrainState:
+def abstract_state(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, dtype: str) -> TrainState:
     """Shapes, dtypes and places of a training state; moments of the optimizer are where their parameters are."""
-    state = jax.eval_shape(lambda: init_state(Zamba2(config, rngs=nnx.Rngs(0), dtype=dtype), optimizer))
+    state = jax.eval_shape(lambda: init_state(init_model(config, rngs=nnx.Rngs(0), dtype=dtype), optimizer))
     return abstract_on_mesh(state, mesh)
 
 
@@ -164,6 +167,7 @@ def train_step(
     schedule: optax.Schedule,
     config: StepConfig = DEFAULT,
     health_every: int | None = None,
+    tap: Tap = NO_TAP,
 ) -> tuple[TrainState, StepMetrics]:
     """One step of gradient descent.
 
@@ -178,13 +182,15 @@ def train_step(
         schedule: the learning rate of a step, counted from 0.
         config: how it is computed.
         health_every: steps whose number, counted from 1, is a multiple of it measure `Health`; none by default.
+        tap: its edits change what flows in the step, as an ablation does; see `nn.tap`. Layers then run one by one.
 
     Raises:
-        ValueError: `config.microbatches` does not divide the rows of the batch, or the mesh does not divide a part.
+        ValueError: `config.microbatches` does not divide the rows of the batch, the mesh does not divide a part, or the
+            tap selects values, or there is one with `config.scan_layers`.
     """
-    taken = state.step
+    tap, taken = _edits_only(tap), state.step
     measured = None if health_every is None else (taken + 1) % health_every == 0
-    loss, gradient, calls = _observed_loss_and_gradient(state.model, batch, config, measured)
+    loss, gradient, calls = _observed_loss_and_gradient(state.model, batch, config, tap, measured)
     grad_norm, rate = optax.tree.norm(gradient), jnp.asarray(schedule(taken))
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
@@ -199,7 +205,7 @@ def train_step(
     before, stacking, health = (state.model, state.opt_state), Stacking(state.model), None
     if measured is not None:
 
-        def of_groups(gradient: Zamba2) -> tuple[dict[str, Array], ...]:
+        def of_groups(gradient: LanguageModel) -> tuple[dict[str, Array], ...]:
             # The update once more, so as not to hold it; in stacks, which compile faster.
             stacks, old = stacking.stack((gradient, before))
             return group_sizes(stacks, old[0], advance(stacks, old)[0])
@@ -232,6 +238,7 @@ def compile_train_step(
     schedule: optax.Schedule,
     config: StepConfig = DEFAULT,
     health_every: int | None = None,
+    tap: Tap = NO_TAP,
 ) -> TrainStep:
     """`train_step` compiled for these shapes; it takes over the buffers of the states it is given.
 
@@ -239,7 +246,7 @@ def compile_train_step(
         ValueError: as `train_step`.
     """
     compiled = lower_train_step(
-        state, batch, optimizer=optimizer, schedule=schedule, config=config, health_every=health_every
+        state, batch, optimizer=optimizer, schedule=schedule, config=config, health_every=health_every, tap=tap
     ).compile()
     _return_freed_memory()
     return compiled
@@ -253,44 +260,53 @@ def lower_train_step(
     schedule: optax.Schedule,
     config: StepConfig = DEFAULT,
     health_every: int | None = None,
+    tap: Tap = NO_TAP,
 ) -> jax.stages.Lowered:
     """`compile_train_step` before the compiler: for arrays, or their shapes and shardings."""
-    step = partial(train_step, optimizer=optimizer, schedule=schedule, config=config, health_every=health_every)
+    step = partial(
+        train_step, optimizer=optimizer, schedule=schedule, config=config, health_every=health_every, tap=tap
+    )
     return jax.jit(step, donate_argnums=0).lower(state, batch)
 
 
-def loss_and_gradient(model: Zamba2, batch: Batch, config: StepConfig = DEFAULT) -> tuple[Float[Array, ""], Zamba2]:
+def loss_and_gradient(
+    model: LanguageModel, batch: Batch, config: StepConfig = DEFAULT, *, tap: Tap = NO_TAP
+) -> tuple[Float[Array, ""], LanguageModel]:
     """The mean loss over the predicted tokens by their weights, without the z-loss, and the gradient with it.
+
+    Arguments as of `train_step`.
 
     Raises:
         ValueError: as `train_step`.
     """
-    return _observed_loss_and_gradient(model, batch, config, None)[:2]
+    return _observed_loss_and_gradient(model, batch, config, _edits_only(tap), None)[:2]
 
 
 def _observed_loss_and_gradient(
-    model: Zamba2, batch: Batch, config: StepConfig, measured: Bool[Array, ""] | None
-) -> tuple[Array, Zamba2, CallSums | None]:
+    model: LanguageModel, batch: Batch, config: StepConfig, tap: Tap, measured: Bool[Array, ""] | None
+) -> tuple[Array, LanguageModel, CallSums | None]:
     """Also what is measured of the calls of the shared blocks, if `measured` comes true; None if it is None."""
     rows, shares = len(batch.tokens), row_shares()
     if rows % (shares * config.microbatches):
         each = f" on each of {shares} devices" if shares > 1 else ""
         raise ValueError(f"microbatches={config.microbatches}{each} does not divide the batch of {rows} rows")
 
-    def share(model: Zamba2, batch: Batch, given: tuple[Array, Array | None]) -> tuple[Array, Zamba2, CallSums | None]:
-        return _loss_and_gradient(model, batch, *given, config)
+    def share(
+        model: LanguageModel, batch: Batch, given: tuple[Array, Array | None]
+    ) -> tuple[Array, LanguageModel, CallSums | None]:
+        return _loss_and_gradient(model, batch, *given, config, tap)
 
     return summed_over_rows(share)(model, batch, (_total_weight(model, batch), measured))
 
 
 def _loss_and_gradient(
-    model: Zamba2, batch: Batch, count: Array, measured: Array | None, config: StepConfig
-) -> tuple[Array, Zamba2, CallSums | None]:
+    model: LanguageModel, batch: Batch, count: Array, measured: Array | None, config: StepConfig, tap: Tap
+) -> tuple[Array, LanguageModel, CallSums | None]:
     """What a batch adds to the mean over weights of `count`, the gradient of that with the z-loss, and the calls'."""
 
-    def of_part(part: Batch) -> tuple[Array, Zamba2, CallSums | None]:
+    def of_part(part: Batch) -> tuple[Array, LanguageModel, CallSums | None]:
         (_, (loss, calls)), gradient = jax.value_and_grad(_loss_share, has_aux=True)(
-            model, part, count, config, measured
+            model, part, count, config, tap, measured
         )
         return loss, constrain_parameters(gradient), calls
 
@@ -337,15 +353,15 @@ class BatchEvaluation:
 
 
 @partial(jax.jit, static_argnames="config")
-def eval_step(model: Zamba2, batch: Batch, config: StepConfig = DEFAULT) -> BatchEvaluation:
+def eval_step(model: LanguageModel, batch: Batch, config: StepConfig = DEFAULT) -> BatchEvaluation:
     """The loss of a batch, and what of it the model predicts."""
-    h, weight = _hidden_states(model, batch, config)[0], _total_weight(model, batch)
+    h, weight = _run(model, batch, config, NO_TAP)[0], _total_weight(model, batch)
     loss, hits = prediction_share(h, model.output_matrix, *_arrays(batch), count=weight, chunk_size=config.loss_chunk)
     targets = target_weights(*_arrays(batch)) > 0
     return BatchEvaluation(loss=loss, weight=weight, hits=hits, targets=targets.sum())
 
 
-def evaluate(model: Zamba2, batches: Iterable[Batch], config: StepConfig = DEFAULT) -> Evaluation:
+def evaluate(model: LanguageModel, batches: Iterable[Batch], config: StepConfig = DEFAULT) -> Evaluation:
     """The mean loss over all tokens predicted in the batches, and how many of them the model finds likeliest.
 
     Args:
@@ -364,33 +380,58 @@ def evaluate(model: Zamba2, batches: Iterable[Batch], config: StepConfig = DEFAU
 
 
 def _loss_share(
-    model: Zamba2, batch: Batch, count: Array, config: StepConfig, measured: Array | None
+    model: LanguageModel, batch: Batch, count: Array, config: StepConfig, tap: Tap, measured: Array | None
 ) -> tuple[Array, tuple[Array, CallSums | None]]:
     """What a batch adds to the mean over weights of `count`: with the z-loss; without it, and what the calls say."""
-    h, calls = _hidden_states(model, batch, config, measured)
-    w, size = model.output_matrix, config.loss_chunk
-    objective, loss = loss_share(h, w, *_arrays(batch), count=count, z_loss=config.z_loss, chunk_size=size)
+    h, calls = _run(model, batch, config, tap, measured)
+    objective, loss = loss_share(
+        h,
+        model.output_matrix,
+        *_arrays(batch),
+        count=count,
+        z_loss=config.z_loss,
+        chunk_size=config.loss_chunk,
+        backend=step_backend(model, config),
+    )
     return objective, (loss, calls)
 
 
-def _hidden_states(
-    model: Zamba2, batch: Batch, config: StepConfig, measured: Array | None = None
+def _run(
+    model: LanguageModel, batch: Batch, config: StepConfig, tap: Tap, measured: Array | None = None
 ) -> tuple[Array, CallSums | None]:
+    """The model up to its head, as training runs it, and what is measured of its calls."""
     scan = config.scan_layers
     if scan is None:
-        scan = model.config.num_layers >= SCANNED_FROM and platform() != "gpu"
+        scan = model.config.num_layers >= SCANNED_FROM and platform() != "gpu" and not tap.is_active
     tokens, segment_ids, _ = _arrays(batch)
-    return hidden_states(
-        model,
+    calls = measured is not None and model.config.num_calls > 0
+    run = model.run(
         tokens,
         segment_ids,
-        remat=config.remat,
-        scan=scan,
-        dtype=config.compute_dtype,
-        implementation=config.implementation,
-        observe=None if measured is None else partial(call_sums, scale=model.config.attention_scale),
+        tap=tap,
+        backend=step_backend(model, config),
+        options=LayerOptions(remat=config.remat, scan=scan, dtype=config.compute_dtype, training=True),
+        observe=partial(call_sums, scale=model.config.attention_scale) if calls else None,
         observed=False if measured is None else measured,
     )
+    return run.h, run.observed
+
+
+def step_backend(model: LanguageModel, config: StepConfig) -> Backend:
+    """How the ops of a step are computed."""
+    backend = default_backend(config.compute_dtype or model.dtype)
+    return backend if config.scan is None else dataclasses.replace(backend, scan=config.scan)
+
+
+def _edits_only(tap: Tap) -> Tap:
+    """The tap of a step.
+
+    Raises:
+        ValueError: it selects values, which a step does not give back.
+    """
+    if tap.select is not None:
+        raise ValueError("tap.select is given: expected edits alone, a training step gives no values back")
+    return tap
 
 
 def _return_freed_memory() -> None:
@@ -399,7 +440,7 @@ def _return_freed_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _total_weight(model: Zamba2, batch: Batch) -> Array:
+def _total_weight(model: LanguageModel, batch: Batch) -> Array:
     """Of the tokens predicted; their number where the batch has no weights."""
     return target_weights(*_arrays(batch), at_least_fp32(model.dtype)).sum()
 

@@ -1,0 +1,211 @@
+"""How fast does a model of the 1.2B shape write on this machine's CPU, beside transformers?
+
+    python benchmarks/bench_generation.py                        # everything, some forty minutes
+    python benchmarks/bench_generation.py first batch            # any of: first, batch, memory, machine
+    python benchmarks/bench_generation.py memory float32         # in float32, or in bfloat16, alone
+
+Needs the `parity` extra and 16 GB. Random weights, greedy, both sides through their `generate` with a cache,
+transformers at the chunk size its scan is fastest with, in float32 and bfloat16. Each contender is a process of its own
+with its model; the two of a dtype work in turns, so that a busy machine slows both. Prints tables and writes
+bench_generation.json beside this file.
+"""
+
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from zamba2_jax import preset
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from contender import Contender
+from flax import nnx
+from generation_gpu import weight_bytes
+
+from zamba2_jax import Zamba2, decode_step, generate, prefill
+from zamba2_jax.files import write_json
+from zamba2_jax.parity.ours import random_model
+
+RESULTS = Path(__file__).with_suffix(".json")
+PRESET = "zamba2-1.2b"
+PROMPTS = (128, 512)
+BATCHES = (1, 2, 4, 8, 16)
+LONG_PROMPT = 4096
+ROUNDS = 3
+NEW_TOKENS = 16
+TORCH_CHUNK = 64
+DTYPES = ("float32", "bfloat16")
+
+Generate = Callable[[np.ndarray, int], Any]
+"""Continues rows of tokens [b, t] by some more."""
+Task = tuple[int, int, int]
+"""Rows, tokens of their prompts, new tokens."""
+
+
+def ours(dtype: str) -> Generate:
+    """With our model of random weights."""
+    model = random_model(preset(PRESET), seed=0, dtype=dtype)
+    return lambda prompts, new: generate(model, prompts.tolist(), new, slots=len(prompts))
+
+
+def theirs(dtype: str) -> Generate:
+    """The same with transformers."""
+    import torch
+    from transformers import Zamba2ForCausalLM
+
+    from zamba2_jax.parity.reference import reference_config
+
+    with torch.device("meta"):
+        model = Zamba2ForCausalLM(reference_config(preset(PRESET), TORCH_CHUNK))
+    model = model.to(getattr(torch, dtype)).to_empty(device="cpu").eval()
+    model.tie_weights()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.02)
+        for buffer in model.buffers():
+            buffer.fill_(0.01)
+
+    def run(prompts: np.ndarray, new: int) -> Any:
+        tokens = torch.from_numpy(prompts)
+        options = {"attention_mask": torch.ones_like(tokens), "do_sample": False, "eos_token_id": None}
+        with torch.inference_mode():
+            return model.generate(tokens, max_new_tokens=new, min_new_tokens=new, **options)
+
+    return run
+
+
+def task_runner(contender: str) -> Callable[[int, int, int], None]:
+    """What a contender's process does with a `Task`."""
+    side, dtype = contender.split()
+    write = ours(dtype) if side == "ours" else theirs(dtype)
+
+    def run(b: int, t: int, new: int) -> None:
+        write(np.random.default_rng(0).integers(3, 32000, (b, t)), new)
+
+    return run
+
+
+Pair = tuple[Contender, Contender]
+"""Ours, and transformers."""
+
+
+def seconds(pair: Pair, tasks: list[Task]) -> np.ndarray:
+    """Medians by task and contender, taken in turns, after one round to warm up."""
+    rounds = [[[contender(*task).seconds for contender in pair] for task in tasks] for _ in range(ROUNDS + 1)]
+    return np.median(rounds[1:], axis=0)
+
+
+def first(pair: Pair) -> dict[str, list[float]]:
+    """Seconds to the first token, by the length of the prompt."""
+    found = seconds(pair, [(1, t, 1) for t in PROMPTS])
+    return {f"prompt of {t}: seconds to the first token": row.tolist() for t, row in zip(PROMPTS, found, strict=True)}
+
+
+def batch(pair: Pair) -> dict[str, list[float]]:
+    """Tokens per second after prompts of 32, by the number of rows."""
+    result = {}
+    for b in BATCHES:
+        begin, end = seconds(pair, [(b, 32, 1), (b, 32, 1 + NEW_TOKENS)])
+        result[f"rows {b}: tokens per second"] = (b * NEW_TOKENS / (end - begin)).tolist()
+    return result
+
+
+def memory(pair: Pair) -> dict[str, list[float]]:
+    """Peak of resident memory for one long prompt, the model included."""
+    return {f"prompt of {LONG_PROMPT}: peak memory, GB": [side(1, LONG_PROMPT, 1).memory / 1e9 for side in pair]}
+
+
+def context() -> dict[str, float]:
+    """Milliseconds of a step of zamba2-nano after many tokens and after few."""
+    model, result = Zamba2(preset("zamba2-nano"), rngs=nnx.Rngs(0)), {}
+    for t in (1024, 16384):
+        _, cache = prefill(model, jnp.ones((1, t), jnp.int32), capacity=t + 64)
+        times = []
+        for _ in range(41):
+            start = time.perf_counter()
+            logits, cache = decode_step(model, jnp.ones(1, jnp.int32), cache)
+            jax.block_until_ready(logits)
+            times.append(1e3 * (time.perf_counter() - start))
+        result[f"zamba2-nano, a step after {t} tokens: ms"] = statistics.median(times[1:])
+    return result
+
+
+def limit() -> dict[str, float]:
+    """How near one row in float32 comes to what its weights allow at the speed of the memory, measured in turns."""
+    run, prompts = ours("float32"), np.arange(3, 35)[None]
+    once, every_call = weight_bytes(preset(PRESET), "float32")
+    rates, speeds = [], []
+    for _ in range(4 * ROUNDS + 1):
+        times = []
+        for new in (1, 1 + NEW_TOKENS):
+            start = time.perf_counter()
+            run(prompts, new)
+            times.append(time.perf_counter() - start)
+        rates.append(NEW_TOKENS / (times[1] - times[0]))
+        speeds.append(bandwidth())
+    rate, speed = statistics.median(rates[1:]), statistics.median(speeds[1:])
+    return {
+        "memory: GB per second": speed / 1e9,
+        "one row: tokens per second": rate,
+        "one row: of what the weights allow, the shared blocks read at every call": rate * every_call / speed,
+        "one row: of what they allow, each read once": rate * once / speed,
+    }
+
+
+def bandwidth() -> float:
+    """Bytes per second that matrix-vector products read, the median of some over 1 GiB."""
+    matrix, vector = jnp.ones((2**14, 2**14), jnp.float32), jnp.ones(2**14, jnp.float32)
+    product, times = jax.jit(jnp.dot), []
+    for _ in range(12):
+        start = time.perf_counter()
+        jax.block_until_ready(product(vector, matrix))
+        times.append(time.perf_counter() - start)
+    return matrix.nbytes / statistics.median(times[1:])
+
+
+def show(results: dict[str, dict[str, float]]) -> None:
+    """Prints a line per number, with what ours is of theirs."""
+    for dtype in DTYPES:
+        mine, theirs = (results.get(f"{side} {dtype}", {}) for side in ("ours", "transformers"))
+        for key in filter(theirs.__contains__, mine):
+            ratio = mine[key] / theirs[key]
+            print(f"{dtype}, {key}: {mine[key]:.3f}, transformers {theirs[key]:.3f}, ratio {ratio:.2f}", flush=True)
+
+
+def main() -> None:
+    """Runs the named tasks, or all, and writes what they found."""
+    tasks = {task.__name__: task for task in (first, batch, memory)}
+    words = (*tasks, "machine", *DTYPES)
+    if unknown := set(sys.argv[1:]) - set(words):
+        sys.exit(f"{', '.join(sorted(unknown))}: expected any of {', '.join(words)}")
+    asked = [dtype for dtype in DTYPES if dtype in sys.argv[1:]] or DTYPES
+    chosen = [word for word in sys.argv[1:] if word not in DTYPES] or [*tasks, "machine"]
+    results: dict[str, dict[str, float]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for dtype in asked if set(chosen) != {"machine"} else ():
+        pair = Contender(f"ours {dtype}", task_runner), Contender(f"transformers {dtype}", task_runner)
+        for task in filter(tasks.__contains__, chosen):
+            for key, values in tasks[task](pair).items():
+                for contender, value in zip(pair, values, strict=True):
+                    results.setdefault(contender.name, {})[key] = value
+            write_json(RESULTS, results)
+        for contender in pair:
+            contender.close()
+        print(dtype, "is done", file=sys.stderr, flush=True)
+    show(results)
+    if "machine" in chosen:
+        for key, value in (context() | limit()).items():
+            print(f"{key}: {value:.2f}")
+            results.setdefault("machine", {})[key] = value
+        write_json(RESULTS, results)
+
+
+if __name__ == "__main__":
+    main()

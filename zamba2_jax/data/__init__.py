@@ -1,0 +1,1 @@
+"""What models learn from: documents, token files and synthetic tasks, packed into batches of rows."""

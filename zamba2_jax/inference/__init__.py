@@ -1,0 +1,1 @@
+"""Writing with a model: prefill, steps, sampling, and many requests at once."""

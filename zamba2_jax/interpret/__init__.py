@@ -1,0 +1,1 @@
+"""Looking into models: what flows inside, and what comes of changing it."""

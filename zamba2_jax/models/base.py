@@ -1,0 +1,215 @@
+"""What every model is to the floors above: parameters, a full pass, a step, and one way through its layers."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+
+import jax.numpy as jnp
+from flax import nnx
+
+from zamba2_jax.models.layers import PLAIN, LayerOptions, Observe, run_layers
+from zamba2_jax.nn.cache import Cache, State, placed
+from zamba2_jax.nn.config import ModelConfig
+from zamba2_jax.nn.context import Context
+from zamba2_jax.nn.parameter import KeyStream, Rngs, describe, norm_scale, normal, param
+from zamba2_jax.nn.tap import NO_TAP, Tap
+from zamba2_jax.ops.backend import XLA, Backend, default_backend
+from zamba2_jax.ops.segments import document_positions
+from zamba2_jax.parallel.mesh import constrain
+from zamba2_jax.parallel.sharded_ops import embed, row_axes
+from zamba2_jax.typing import Array, Bool, DTypeLike, Float, Int
+
+
+@runtime_checkable
+class Part(Protocol):
+    """How a layer, a shared block or what one call of it owns is made: a module class, or a function of its place."""
+
+    def __call__(self, config: Any, *, rngs: Rngs, dtype: DTypeLike) -> nnx.Module:
+        """With fresh parameters."""
+
+
+class Pass(NamedTuple):
+    """What comes of running a model.
+
+    Attributes:
+        h: what the output head reads, the final norm's output.
+        cache: after the tokens, where one was given.
+        tapped: values that the tap selected, by name.
+        observed: what was observed of the calls, stacked up over them; see `models.layers`.
+    """
+
+    h: Float[Array, "b t d"]
+    cache: Cache | None
+    tapped: dict[str, Array]
+    observed: Any
+
+
+class LanguageModel(nnx.Module):
+    """A stack of layers, of which some may call shared blocks: a pytree of its parameters.
+
+    It goes through `jax.jit`, `jax.grad` and `optax`. Where optax takes a tree or a function that makes one, as for the
+    labels of `optax.multi_transform`, give it the function, `lambda model: labels`: a tree of labels made from a model
+    is a model too, which optax would call.
+
+    A family says what a layer is, and, if it has them, a shared block and what each call of one owns. A layer is called
+    as `layer(h, shared_output, state, context) -> (h, state)`, a block as `block(h, embedded, projected, call, state,
+    context) -> (shared_output, state)`, `projected` being what its `project_embedded(embedded, backend)` gives. Whole
+    rows and single tokens take the same way; `context.is_step` tells.
+
+    Attributes:
+        config: the architecture.
+        embed: the token embedding, [v, d].
+        layers: one module per layer.
+        shared: the shared blocks, each stored once; `config.layer_plan` says which layer calls which.
+        calls: what each call of a shared block owns.
+        norm: scale of the final norm.
+        head: the output head, [v, d]; None where it is tied to `embed`.
+    """
+
+    config: Any
+    layer: ClassVar[Part]
+    block: ClassVar[Part]
+    call: ClassVar[Part]
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
+        """A model with fresh parameters of compute dtype `dtype`, on the mesh that is set, if one is.
+
+        Make it outside of `jax.jit`, where the programs of all parameters would be one that takes minutes to compile.
+        `jax.eval_shape(lambda: init_model(config, rngs=nnx.Rngs(0)))` gives the same pytree of shapes, without memory.
+        """
+        v, d, matrix = config.vocab_size, config.hidden_size, normal(config.initializer_range)
+        keys = KeyStream(rngs.params())
+
+        def parts(name: str, count: int) -> Sequence[nnx.Module]:
+            return [getattr(type(self), name)(config, rngs=keys, dtype=dtype) for _ in range(count)]
+
+        self.config = config
+        self.embed = param(keys, matrix, (v, d), ("vocab", "d_model"), dtype)
+        self.layers = nnx.List(parts("layer", config.num_layers))
+        self.shared = nnx.List(parts("block", config.num_blocks))
+        self.calls = nnx.List(parts("call", config.num_calls))
+        self.norm = norm_scale(keys, d, dtype)
+        self.head = None if config.tie_embeddings else param(keys, matrix, (v, d), ("vocab", "d_model"), dtype)
+
+    @classmethod
+    def layer_state(cls, config: Any, layer: int, batch: int, capacity: int, dtype: DTypeLike) -> State:
+        """What a layer carries before the first token of `batch` rows of at most `capacity`."""
+        raise NotImplementedError(f"{cls.__name__} has no layer_state: expected a method of the family")
+
+    @classmethod
+    def call_state(cls, config: Any, call: int, batch: int, capacity: int, dtype: DTypeLike) -> State:
+        """The same of a call of a shared block."""
+        raise NotImplementedError(f"{cls.__name__} has no call_state: expected a method of the family")
+
+    def __repr__(self) -> str:
+        """On a page: the architecture, and a line for each kind of parameter."""
+        return "\n".join([f"{type(self).__name__}({self.config},", *(f"  {line}" for line in describe(self)), ")"])
+
+    __str__ = __repr__
+
+    def __call__(
+        self,
+        tokens: Int[Array, "b t"] | None = None,
+        segment_ids: Int[Array, "b t"] | None = None,
+        positions: Int[Array, "b t"] | None = None,
+        *,
+        inputs_embeds: Float[Array, "b t d"] | None = None,
+        tap: Tap = NO_TAP,
+        backend: Backend | None = None,
+    ) -> Float[Array, "b t v"]:
+        """Logits of the next token, at every token.
+
+        Args:
+            tokens: ids in [0, v).
+            segment_ids: documents packed in a row, 0 for padding at either end; see `ops.segments`. A document's
+                logits are those it has alone in its row.
+            positions: for the rotary embedding; counted from 0 in each document by default.
+            inputs_embeds: in place of tokens, what they are embedded as.
+            tap: may change every named value inside; see `nn.tap`, and `interpret.capture` to see them.
+            backend: how ops are computed; `default_backend` by default.
+
+        Raises:
+            ValueError: both or neither of tokens and inputs_embeds are given.
+        """
+        run = self.run(tokens, segment_ids, positions, inputs_embeds=inputs_embeds, tap=tap, backend=backend)
+        return tap.afresh()("logits", self.logits(run.h))
+
+    def step(
+        self, tokens: Int[Array, " b"], cache: Cache, *, tap: Tap = NO_TAP, backend: Backend | None = None
+    ) -> tuple[Float[Array, "b v"], Cache]:
+        """Logits after one more token in every row, and the cache with it."""
+        run = self.run(tokens[:, None], cache=cache, is_step=True, tap=tap, backend=backend)
+        assert run.cache is not None
+        return tap.afresh()("logits", self.logits(run.h[:, 0])), run.cache
+
+    def run(
+        self,
+        tokens: Int[Array, "b t"] | None = None,
+        segment_ids: Int[Array, "b t"] | None = None,
+        positions: Int[Array, "b t"] | None = None,
+        *,
+        inputs_embeds: Float[Array, "b t d"] | None = None,
+        cache: Cache | None = None,
+        is_step: bool = False,
+        tap: Tap = NO_TAP,
+        backend: Backend | None = None,
+        options: LayerOptions = PLAIN,
+        observe: Observe | None = None,
+        observed: Bool[Array, ""] | bool = True,
+    ) -> Pass:
+        """The model up to its output head: what every other way to run it goes through.
+
+        Arguments as in `__call__`, and these. With a cache the rows go on where it stands: segment_ids then marks
+        padding at the end of a row (0) and nothing else, and positions follow from the cache.
+
+        Args:
+            cache: where the rows stand.
+            is_step: whether there is one token in each row, with a cache.
+            options: how the layers are run; see `models.layers`. With another compute dtype backend is for that.
+            observe: what is to be known of every call of a shared block; see `models.layers`.
+            observed: whether it is to be known now.
+        """
+        dtype = jnp.dtype(options.dtype or self.dtype)
+        if tokens is not None and inputs_embeds is None:
+            embedded = embed(tokens, self.embed[...], cached=cache is not None).astype(dtype)
+        elif tokens is None and inputs_embeds is not None:
+            embedded = inputs_embeds
+        else:
+            raise ValueError("expected either tokens or inputs_embeds, and not both")
+        tap = tap.afresh()
+        embedded = tap("embed", embedded)
+        if cache is not None:
+            positions = cache.lengths[:, None] + jnp.arange(embedded.shape[1])
+        elif positions is None:
+            positions = default_positions(embedded, segment_ids)
+        backend = default_backend(dtype) if backend is None else backend
+        context = Context(positions, segment_ids, backend=backend, tap=tap, is_step=is_step)
+        embedded = constrain(embedded, *row_axes(len(embedded), cached=cache is not None), None)
+        run = run_layers(self, embedded, embedded, context, cache, options, observe, observed)
+        h = tap("final_norm", backend.rms_norm(run.h, self.norm[...], self.config.rms_norm_eps))
+        if cache is not None:
+            added = embedded.shape[1] if segment_ids is None else (segment_ids != 0).sum(axis=1, dtype=jnp.int32)
+            cache = placed(Cache(run.states, run.call_states, cache.lengths + added))
+        return Pass(h, cache, tap.values | run.tapped, run.observed)
+
+    def logits(
+        self, h: Float[Array, "*batch d"], *, dtype: DTypeLike | None = None, backend: Backend = XLA
+    ) -> Float[Array, "*batch v"]:
+        """The output head on the final norm's output; in `dtype`, by default that of h."""
+        return backend.linear(h, self.output_matrix, dtype=dtype)
+
+    @property
+    def output_matrix(self) -> Float[Array, "v d"]:
+        """The matrix of the output head, tied or not."""
+        return (self.embed if self.head is None else self.head)[...]
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The compute dtype: that of the weight matrices."""
+        return self.embed.dtype
+
+
+def default_positions(embedded: Float[Array, "b t d"], segment_ids: Int[Array, "b t"] | None) -> Int[Array, "b t"]:
+    """Positions of the tokens, counted from 0 in each document."""
+    if segment_ids is None:
+        return jnp.broadcast_to(jnp.arange(embedded.shape[1]), embedded.shape[:2])
+    return document_positions(constrain(segment_ids, "batch", None))

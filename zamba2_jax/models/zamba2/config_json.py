@@ -1,0 +1,292 @@
+"""The config.json of Zamba2: every published generation in, that of transformers 5 out."""
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from zamba2_jax.models.zamba2.config import LONG_CONTEXT, Zamba2Config, long_context_scale
+from zamba2_jax.nn.config import is_finite, require, require_positive_int
+
+# Hugging Face spellings of one value, current name first. The names of the first published files
+# (state_size ... lora_rank) and of transformers 4 (mamba_d_state ... adapter_rank) never mean different things.
+_HF_NAMES = {
+    "vocab_size": ("vocab_size",),
+    "hidden_size": ("hidden_size",),
+    "num_layers": ("num_hidden_layers",),
+    "mamba_heads": ("n_mamba_heads",),
+    "d_state": ("mamba_d_state", "state_size"),
+    "d_conv": ("mamba_d_conv", "conv_dimension"),
+    "expand": ("mamba_expand", "expansion_factor"),
+    "ngroups": ("mamba_ngroups",),
+    "time_step_min": ("time_step_min",),
+    "time_step_max": ("time_step_max",),
+    "time_step_floor": ("time_step_floor",),
+    "attention_heads": ("num_attention_heads",),
+    "kv_heads": ("num_key_value_heads",),
+    "ffn_size": ("intermediate_size", "ffn_hidden_size"),
+    "num_shared_blocks": ("num_mem_blocks",),
+    "adapter_rank": ("adapter_rank", "lora_rank"),
+    "attention_adapters": (
+        "use_shared_attention_adapter",
+        "use_shared_attention_lora",
+        "se_shared_attention_lora",  # a typo of one published repo
+    ),
+    "use_rope": ("use_mem_rope",),
+    "rms_norm_eps": ("rms_norm_eps",),
+    "add_bias_linear": ("add_bias_linear",),
+    "tie_embeddings": ("tie_word_embeddings",),
+    "initializer_range": ("initializer_range",),
+    "max_position_embeddings": ("max_position_embeddings",),
+    "pad_token_id": ("pad_token_id",),
+    "bos_token_id": ("bos_token_id",),
+    "eos_token_id": ("eos_token_id",),
+}
+
+# Keys that would change the numbers, and the only values that leave them as they are.
+_HF_FIXED: dict[str, tuple[Any, ...]] = {
+    "model_type": ("zamba2",),
+    "hidden_act": ("gelu",),
+    "use_conv_bias": (True,),
+    "attention_dropout": (0, None),
+    "hidden_dropout": (0, None),
+    "gated_linear_unit": (True,),
+    "use_shared_block_lora": (True,),
+    "use_shared_mlp_adapter": (True,),
+    "ft_lora": (False,),
+    "sliding_window": (None,),
+    "rope_scaling": (None,),
+    "partial_rotary_factor": (1, None),
+    "quantization_config": (None,),
+    "is_encoder_decoder": (False,),
+    "add_cross_attention": (False,),
+    "pruned_heads": ({}, None),
+}
+
+# Keys with no bearing on the numbers: performance hints of other implementations, generation and bookkeeping.
+_HF_IGNORED = frozenset(
+    """
+    architectures auto_map dtype torch_dtype transformers_version _name_or_path _attn_implementation
+    _attn_implementation_autoset _commit_hash attn_implementation name_or_path
+    use_cache num_logits_to_keep use_mamba_kernels use_mem_eff_path chunk_size lora_rank_mamba
+    output_attentions output_hidden_states output_scores return_dict return_dict_in_generate torchscript use_bfloat16
+    chunk_size_feed_forward problem_type id2label label2id num_labels task_specific_params tokenizer_class prefix
+    tf_legacy_loss finetuning_task cross_attention_hidden_size is_decoder tie_encoder_decoder sep_token_id
+    decoder_start_token_id max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty
+    temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
+    encoder_no_repeat_ngram_size bad_words_ids num_return_sequences forced_bos_token_id forced_eos_token_id
+    remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
+    """.split()
+)
+
+
+# Words of architectures and of how they are computed. An unknown key that has one of them is refused; one without is a
+# note of some tool or person.
+_MODEL_WORDS = frozenset(
+    """
+    hidden size sizes layer layers head heads dim dims width depth norm norms layernorm rms eps epsilon act activation
+    attn attention mamba mamba2 ssm conv conv1d kernel rope rotary theta bias dropout scale scaling factor init
+    initializer range mlp ffn ff intermediate expert experts moe router routing topk window sliding local global chunk
+    embedding embeddings embed position positions positional max mem memory block blocks shared share adapter adapters
+    lora rank state states group groups query key value kv qkv q k v o logit logits softcap softcapping cap residual
+    multiplier tie tied untie vocab dt time gate gated gating flash mode use num n expand expansion parallel sparse
+    dense alibi mup quantization quant quantized bits float16 bfloat16 fp16 fp8 int8 pretraining attn_mode causal
+    bidirectional mask recurrent delta proj projection
+    """.split()
+)
+# Known notes whose names have such words.
+_NOTES = frozenset("model_max_length pretraining_tp".split())
+
+
+def _could_change_numbers(key: str) -> bool:
+    return key not in _NOTES and not _MODEL_WORDS.isdisjoint(key.lower().strip("_").split("_"))
+
+
+def read_json(hf: dict[str, Any]) -> Zamba2Config:
+    """The architecture that the content of a config.json of any published generation describes.
+
+    A key that is unknown and describes something else than the model is left out, with a warning.
+
+    Raises:
+        ValueError: a key is missing, or has a value this model cannot honour, or is unknown and could change what the
+            model computes.
+    """
+    fields: dict[str, Any] = {}
+    for field, names in _HF_NAMES.items():
+        found = {name: hf.pop(name) for name in names if name in hf}
+        values = list(found.values())
+        if any(value != values[0] for value in values):
+            raise ValueError(f"config keys {found} name one value and disagree")
+        if values and (values[0] is not None or field.endswith("_token_id")):
+            fields[field] = values[0]
+    for required in ("hidden_size", "num_layers", "attention_heads"):
+        if required not in fields:
+            raise ValueError(f"config has no {_HF_NAMES[required][0]!r}, expected an integer")
+    for field in Zamba2Config.positive_ints:  # other values are derived from them
+        if field in fields:
+            require_positive_int(field, fields[field])
+    vocab_size = fields.get("vocab_size", Zamba2Config.vocab_size)
+    for token in {"pad_token_id", "bos_token_id", "eos_token_id"} & set(fields):
+        # Some published files name ids just past the embedding (32001, 32002), or -1: no such token can be fed.
+        value = fields[token]
+        listed = value if isinstance(value, list) and token == "eos_token_id" else [value]
+        known = [id_ for id_ in listed if not isinstance(id_, int) or 0 <= id_ < vocab_size]
+        fields[token] = known[0] if len(known) == 1 else tuple(known) or None
+    fields.setdefault("kv_heads", fields["attention_heads"])
+    fields.setdefault("ffn_size", 4 * fields["hidden_size"])
+    fields["hybrid_layer_ids"] = _hybrid_layer_ids(hf, fields["num_layers"])
+    _resolve_mamba_heads(hf, fields)
+    _resolve_time_step_limit(hf, fields)
+    _resolve_rope(hf, fields)
+    for key, allowed in _HF_FIXED.items():
+        if key in hf and hf.pop(key) not in allowed:
+            raise ValueError(f"config key {key!r} has a value this model does not support, expected {allowed[0]!r}")
+    unknown = sorted(key for key in hf if key not in _HF_IGNORED and key not in _HF_DERIVED and hf[key] is not None)
+    unsafe = [key for key in unknown if _could_change_numbers(key)]
+    if unsafe:
+        raise ValueError(f"config keys {unsafe} are unknown and could change what the model computes")
+    if unknown:
+        warnings.warn(f"config keys {unknown} are unknown and left out: they do not describe the model", stacklevel=3)
+    config = Zamba2Config(**fields)
+    for key, derive in _HF_DERIVED.items():
+        if hf.get(key) is not None and hf[key] != derive(config):
+            raise ValueError(f"config key {key!r} is {hf[key]!r}, but the other keys make it {derive(config)!r}")
+    return config
+
+
+# Values other keys already fix: read only to check that the file agrees with itself.
+_HF_DERIVED = {
+    "mamba_headdim": lambda c: c.mamba_head_dim,
+    "attention_head_dim": lambda c: c.attention_head_dim,
+    "head_dim": lambda c: c.attention_head_dim,
+    "attention_hidden_size": lambda c: c.attention_size,
+    "kv_channels": lambda c: c.hidden_size // c.attention_heads,
+    "num_query_groups": lambda c: c.attention_heads,
+}
+
+
+def _hybrid_layer_ids(hf: dict[str, Any], num_layers: int) -> Sequence[int]:
+    pattern = hf.pop("layers_block_type", None)
+    pattern = hf.pop("layer_types", None) if pattern is None else pattern
+    ids = hf.pop("hybrid_layer_ids", None)
+    if pattern is None:
+        if ids is None:
+            raise ValueError("config has neither 'layers_block_type' nor 'hybrid_layer_ids', expected one")
+        return ids
+    if not isinstance(pattern, list | tuple):
+        raise ValueError(f"layers_block_type={pattern!r}: expected a list")
+    if len(pattern) != num_layers:
+        raise ValueError(f"layers_block_type has {len(pattern)} entries, expected num_hidden_layers = {num_layers}")
+    plain, hybrid = {"m", "mamba", "mamba2", "linear_attention"}, {"g", "hybrid"}
+    unknown = sorted({repr(kind) for kind in pattern if kind not in plain | hybrid})
+    if unknown:
+        raise ValueError(f"layers_block_type holds {', '.join(unknown)}, expected {sorted(plain | hybrid)}")
+    from_pattern = tuple(layer for layer, kind in enumerate(pattern) if kind in hybrid)
+    if ids not in (None, from_pattern, list(from_pattern)):
+        raise ValueError(f"hybrid_layer_ids={ids} disagrees with layers_block_type, which gives {list(from_pattern)}")
+    return from_pattern
+
+
+def _resolve_mamba_heads(hf: dict[str, Any], fields: dict[str, Any]) -> None:
+    if "mamba_heads" in fields:
+        return
+    head_dim = hf.get("mamba_headdim")
+    if not isinstance(head_dim, int) or head_dim < 1:
+        raise ValueError(f"config has no 'n_mamba_heads' and mamba_headdim={head_dim!r}, expected one of them")
+    inner_size = fields.get("expand", Zamba2Config.expand) * fields["hidden_size"]
+    if inner_size % head_dim:
+        raise ValueError(f"mamba_headdim={head_dim}: expected a divisor of expansion * hidden_size = {inner_size}")
+    fields["mamba_heads"] = inner_size // head_dim
+
+
+def _resolve_time_step_limit(hf: dict[str, Any], fields: dict[str, Any]) -> None:
+    limit = hf.pop("time_step_limit", None)
+    if limit is None:
+        return
+    if not isinstance(limit, list | tuple) or len(limit) != 2:
+        raise ValueError(f"time_step_limit={limit!r}: expected null or two numbers")
+    try:
+        fields["time_step_limit"] = (float(limit[0]), float(limit[1]))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"time_step_limit={limit!r}: expected null or two numbers") from error
+
+
+def _resolve_rope(hf: dict[str, Any], fields: dict[str, Any]) -> None:
+    theta = hf.pop("rope_theta", None)
+    parameters = dict(hf.pop("rope_parameters", None) or {})
+    kind = parameters.pop("rope_type", parameters.pop("type", "default"))
+    nested = parameters.pop("rope_theta", None)
+    if kind != "default" or parameters:
+        found = {"rope_type": kind, **parameters}
+        raise ValueError(f"rope_parameters={found}: expected rope_type 'default' and rope_theta only")
+    if theta is not None and nested is not None and theta != nested:
+        raise ValueError(f"rope_theta={theta} and rope_parameters.rope_theta={nested} disagree")
+    theta = next(value for value in (nested, theta, Zamba2Config.rope_theta) if value is not None)
+    require(is_finite(theta) and theta > 0, "rope_theta", theta, "a finite number > 0")
+    if hf.pop("use_long_context", False):
+        # transformers 4 writes the scaled base into config.json, and scales it again at the next load and save;
+        # transformers 5 and the published files hold the plain base.
+        scale = long_context_scale(2 * fields["hidden_size"] // fields["attention_heads"])
+        times = max(1, round(math.log(theta / Zamba2Config.rope_theta) / math.log(scale)))
+        saved = math.isclose(theta, Zamba2Config.rope_theta * scale**times, rel_tol=1e-3)
+        theta = (Zamba2Config.rope_theta if saved else theta) * scale
+        fields["max_position_embeddings"] = LONG_CONTEXT
+    fields["rope_theta"] = float(theta)
+
+
+def write_json(config: Zamba2Config) -> dict[str, Any]:
+    """The config.json of a model, as transformers 5 reads and writes it.
+
+    transformers 5 clamps dt to `time_step_min` in a full pass (not in a cached step), whatever `time_step_limit` says.
+    A long-context model is written as its scaled `rope_theta` without the `use_long_context` flag, which every reader
+    takes the same way.
+
+    Raises:
+        ValueError: the architecture is one transformers has no layers for.
+    """
+    if config.attention_adapters and config.kv_heads != config.attention_heads:
+        raise ValueError(
+            f"kv_heads={config.kv_heads} with attention_adapters=True has no Hugging Face form: transformers "
+            f"gives k and v adapters as many outputs as q (attention_heads={config.attention_heads})"
+        )
+    low, high = config.time_step_limit
+    return {
+        "architectures": ["Zamba2ForCausalLM"],
+        "model_type": "zamba2",
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_position_embeddings,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "layers_block_type": ["linear_attention" if row.hybrid is None else "hybrid" for row in config.layer_plan],
+        "mamba_d_state": config.d_state,
+        "mamba_d_conv": config.d_conv,
+        "mamba_expand": config.expand,
+        "mamba_ngroups": config.ngroups,
+        "n_mamba_heads": config.mamba_heads,
+        "mamba_headdim": config.mamba_head_dim,
+        "time_step_min": config.time_step_min,
+        "time_step_max": config.time_step_max,
+        "time_step_floor": config.time_step_floor,
+        "time_step_limit": None if (low, high) == (0.0, math.inf) else [low, "inf" if high == math.inf else high],
+        "use_conv_bias": True,
+        "add_bias_linear": config.add_bias_linear,
+        "intermediate_size": config.ffn_size,
+        "hidden_act": "gelu",
+        "num_attention_heads": config.attention_heads,
+        "num_key_value_heads": config.kv_heads,
+        "attention_head_dim": config.attention_head_dim,
+        "attention_hidden_size": config.attention_size,
+        "attention_dropout": 0.0,
+        "num_mem_blocks": config.num_shared_blocks,
+        "use_shared_attention_adapter": config.attention_adapters,
+        "adapter_rank": config.adapter_rank,
+        "use_mem_rope": config.use_rope,
+        "use_long_context": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "initializer_range": config.initializer_range,
+        "rms_norm_eps": config.rms_norm_eps,
+        "pad_token_id": config.pad_token_id,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": list(config.eos_token_id) if isinstance(config.eos_token_id, tuple) else config.eos_token_id,
+        "tie_word_embeddings": config.tie_embeddings,
+    }
