@@ -11,6 +11,7 @@ import pytest
 from tests.helpers import SMALL, assert_close, for_a_gpu, random_model, random_tokens
 from zamba2_jax import Backend, default_backend, next_token_loss
 from zamba2_jax.ops import backend as module
+from zamba2_jax.ops import causal_attention
 from zamba2_jax.parallel.mesh import MESH_AXES
 
 REFERENCE = Backend.reference()
@@ -94,8 +95,6 @@ def test_a_kernel_package_that_is_missing_is_said_once(monkeypatch):
 
 @pytest.mark.parametrize("h", [4, 2])
 def test_plain_attention_is_attention(x64, h):
-    from zamba2_jax.ops import causal_attention
-
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.standard_normal((2, 7, heads, 6))) for heads in (4, h, h))
     expected = causal_attention(q, k, v, 0.3, IDS, "xla")

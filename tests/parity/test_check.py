@@ -8,7 +8,7 @@ import pytest
 from zamba2_jax import preset
 from zamba2_jax.checkpoint.hf import save_hf
 from zamba2_jax.cli.parity import Parity
-from zamba2_jax.models.zamba2 import shared
+from zamba2_jax.ops import backend
 from zamba2_jax.parity.case import VARIANTS, Case
 from zamba2_jax.parity.check import check
 from zamba2_jax.parity.evidence import GROUPS
@@ -68,8 +68,8 @@ def test_streaming_agrees_with_the_whole_model(tmp_path):
 
 def test_a_wrong_model_fails_and_the_command_says_so(monkeypatch, tmp_path, capsys):
     save_hf(random_model(SMALL, seed=0), tmp_path / "model")
-    real_rotate = shared.rotate
-    monkeypatch.setattr(shared, "rotate", lambda x, positions, base: real_rotate(x, positions, base * 1.01))
+    rotate = backend.rotate
+    monkeypatch.setattr(backend, "rotate", lambda x, positions, base, **how: rotate(x, positions, base * 1.01, **how))
     out = tmp_path / "report.json"
     options = Parity(model=tmp_path / "model", batch=8, seq=LENGTH, new_tokens=2, gradients=False, json=out)
     assert options.run() == 1

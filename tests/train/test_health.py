@@ -26,7 +26,7 @@ PATTERNS = {
     "embedding": ["embed"],
     "mixers": ["layers.*"],
     "shared_blocks": ["shared.*"],
-    "adapters": ["calls.*_a", "calls.*_b"],
+    "adapters": ["calls.*_a", "calls.*.a", "calls.*_b"],
     "linears": ["calls.*.linear"],
     "head": ["head", "norm"],
 }

@@ -24,7 +24,7 @@ def test_mask_spares_norms_biases_and_the_vectors_of_the_scan(model):
     }
     decayed = {name.split(".")[-1] for name, decays in mask.items() if decays}
     assert not spared & decayed
-    assert {"embed", "in_z", "out", "conv_x", "q_residual", "v_embedded", "down", "mlp_a", "linear"} <= decayed
+    assert {"embed", "in_z", "out", "conv_x", "q_residual", "v_embedded", "down", "q_a", "linear"} <= decayed
 
 
 def test_decay_reaches_the_matrices_and_nothing_else(model):

@@ -76,7 +76,7 @@ def _plain_sums(
 ) -> tuple[Array, Array]:
     def of_chunk(chunk: tuple[Array, ...]) -> tuple[Array, Array]:
         h, targets, weights = chunk
-        objective, (nll, _) = _of_chunk(h, w, targets, weights, z_loss, vocab_axis)
+        objective, (nll, _) = _of_chunk(h, w, targets, weights, z_loss, vocab_axis, custom_gradient=False)
         return objective, nll
 
     objectives, nlls = jax.lax.map(of_chunk, _chunks((h, targets, weights), chunk_size))
@@ -108,10 +108,16 @@ _sums.defvjp(_forward, _backward)
 
 
 def _of_chunk(
-    h: Array, w: Array, targets: Array, weights: Array, z_loss: float, vocab_axis: str | None
+    h: Array,
+    w: Array,
+    targets: Array,
+    weights: Array,
+    z_loss: float,
+    vocab_axis: str | None,
+    custom_gradient: bool = True,
 ) -> tuple[Array, tuple[Array, Array]]:
     """The objective; and the sum of nll, and what each token's weight is multiplied by."""
-    logits = linear(h, w.astype(h.dtype), dtype=weights.dtype)
+    logits = linear(h, w.astype(h.dtype), dtype=weights.dtype, custom_gradient=custom_gradient)
     log_p, normalizer = _log_probability(logits, targets, vocab_axis)
     terms = z_loss * jnp.square(normalizer) - log_p
     return jnp.sum(weights * terms), (-jnp.sum(weights * log_p), terms)
