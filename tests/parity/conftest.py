@@ -1,3 +1,4 @@
+import importlib.util
 import os
 
 import jax
@@ -5,8 +6,12 @@ import pytest
 
 from tests.helpers import compiled_anew
 
-pytest.importorskip("torch", reason="parity compares with PyTorch, which is not installed")
-pytest.importorskip("transformers", reason="parity compares with transformers, which is not installed")
+for name in (
+    "torch",
+    "transformers",
+):  # looked for, not imported, which takes seconds that a core of the tests can do without
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"parity compares with {name}, which is not installed", allow_module_level=True)
 
 
 @pytest.fixture(autouse=True, scope="package")

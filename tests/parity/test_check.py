@@ -1,4 +1,6 @@
+import contextlib
 import dataclasses
+import io
 import json
 import math
 
@@ -19,44 +21,72 @@ SMALL = dataclasses.replace(VARIANTS["7b-miniature"].config, num_layers=2, hybri
 LENGTH = 21
 """The same for all tests of the small model, so that they share their programs."""
 
-QUICK = {"linear-biases": True, "left-padding": False}
-"""Variants that between them have every kind of parameter and of input, and whether their gradients are compared."""
+
+def cut(name):
+    """A variant of three layers, a plain one and two with calls."""
+    config = dataclasses.replace(VARIANTS[name].config, num_layers=3, hybrid_layer_ids=(1, 2))
+    return dataclasses.replace(VARIANTS[name], config=config)
 
 
 @pytest.mark.parametrize(
-    ("name", "gradients"),
-    [*QUICK.items(), *(pytest.param(name, True, marks=pytest.mark.slow) for name in VARIANTS if not QUICK.get(name))],
-)
-def test_variant_is_within_the_limits_in_float32(name, gradients):
-    report = check(VARIANTS[name], new_tokens=12, gradients=gradients)
-    assert report.failures == ()
-    assert {row.group for row in report.rows} == set(GROUPS) - (set() if gradients else {"gradient"})
-    config = VARIANTS[name].config
-    assert sum(row.group == "layer" for row in report.rows) == config.num_layers
-    assert sum(row.group == "ssm_state" for row in report.rows) == config.num_layers
-
-
-@pytest.mark.parametrize(
-    ("name", "gradients"),
+    ("case", "gradients"),
     [
-        ("1.2b-miniature", False),
-        *(pytest.param(name, True, marks=pytest.mark.slow) for name in ("1.2b-miniature", "7b-miniature")),
+        # Between them they have every kind of parameter and of input.
+        pytest.param(cut("linear-biases"), True, id="linear-biases cut"),
+        pytest.param(cut("left-padding"), False, id="left-padding cut"),
+        *(pytest.param(case, True, marks=pytest.mark.slow, id=name) for name, case in VARIANTS.items()),
     ],
 )
-def test_variant_is_within_the_limits_in_bfloat16(name, gradients):
-    assert check(VARIANTS[name], dtype="bfloat16", new_tokens=2, gradients=gradients).failures == ()
+def test_variant_is_within_the_limits_in_float32(case, gradients):
+    report = check(case, new_tokens=12, gradients=gradients)
+    assert report.failures == ()
+    assert {row.group for row in report.rows} == set(GROUPS) - (set() if gradients else {"gradient"})
+    assert sum(row.group == "layer" for row in report.rows) == case.config.num_layers
+    assert sum(row.group == "ssm_state" for row in report.rows) == case.config.num_layers
 
 
-def test_streaming_agrees_with_the_whole_model(tmp_path):
-    case = Case("streamed", SMALL, seq=LENGTH)
-    save_hf(random_model(SMALL, seed=0), tmp_path / "model")
-    whole = {row.name: row for row in check(case, new_tokens=2).rows}
-    for directory in (None, tmp_path / "model"):
-        report = check_streaming(case, directory)
-        assert report.failures == ()
-        streamed = {row.name: row for row in report.rows}
-        for name in ("layers.1.output", "layers.1.ssm_state", "logits", "gradient.norm", "gradient.calls.1.linear"):
-            assert streamed[name].size == pytest.approx(whole[name].size, rel=1e-6)
+@pytest.mark.parametrize(
+    ("case", "gradients"),
+    [
+        pytest.param(cut("1.2b-miniature"), False, id="1.2b-miniature cut"),
+        *(
+            pytest.param(VARIANTS[name], True, marks=pytest.mark.slow, id=name)
+            for name in ("1.2b-miniature", "7b-miniature")
+        ),
+    ],
+)
+def test_variant_is_within_the_limits_in_bfloat16(case, gradients):
+    assert check(case, dtype="bfloat16", new_tokens=2, gradients=gradients).failures == ()
+
+
+@pytest.fixture(scope="module")
+def checked(tmp_path_factory):
+    """A checkpoint, what the command prints about it, and the rows that it writes."""
+    directory, printed = tmp_path_factory.mktemp("checked"), io.StringIO()
+    save_hf(random_model(SMALL, seed=0), directory / "model")
+    options = Parity(model=directory / "model", batch=8, seq=LENGTH, new_tokens=2, json=directory / "report.json")
+    with contextlib.redirect_stdout(printed):
+        assert options.run() == 0
+    (report,) = json.loads((directory / "report.json").read_text())
+    return directory / "model", printed.getvalue(), {row["name"]: row for row in report["rows"]}
+
+
+def test_the_command_succeeds_on_a_checkpoint_and_prints_every_row(checked):
+    _, printed, rows = checked
+    for word in ("embed", "layers.1.output", "conv_state", "ssm_state", "logits", "loss"):
+        assert word in printed
+    assert "gradient.layers.0.mamba.in_z" in printed
+    assert "0% differ" in printed
+    assert {row["group"] for row in rows.values()} == set(GROUPS)
+
+
+def test_streaming_agrees_with_the_whole_model(checked):
+    directory, _, whole = checked
+    report = check_streaming(Case("streamed", SMALL, seq=LENGTH), directory)
+    assert report.failures == ()
+    streamed = {row.name: row for row in report.rows}
+    for name in ("layers.1.output", "layers.1.ssm_state", "logits", "gradient.norm", "gradient.calls.1.linear"):
+        assert streamed[name].size == pytest.approx(whole[name]["size"], rel=1e-6)
     used_twice = {
         "gradient.embed",
         "gradient.head",
@@ -66,34 +96,24 @@ def test_streaming_agrees_with_the_whole_model(tmp_path):
     assert used_twice <= set(streamed)
 
 
-def test_a_wrong_model_fails_and_the_command_says_so(monkeypatch, tmp_path, capsys):
-    save_hf(random_model(SMALL, seed=0), tmp_path / "model")
+def test_streaming_of_random_weights_without_gradients(checked):
+    report = check_streaming(Case("forward", SMALL, seq=LENGTH), gradients=False)
+    assert report.failures == ()
+    assert {row.group for row in report.rows} == set(GROUPS) - {"gradient"}
+    (logits,) = (row for row in report.rows if row.group == "logits")
+    assert logits.size == pytest.approx(checked[2]["logits"]["size"], rel=1e-6)
+
+
+def test_a_wrong_model_fails_and_the_command_says_so(checked, monkeypatch, tmp_path, capsys):
     rotate = backend.rotate
     monkeypatch.setattr(backend, "rotate", lambda x, positions, base, **how: rotate(x, positions, base * 1.01, **how))
     out = tmp_path / "report.json"
-    options = Parity(model=tmp_path / "model", batch=8, seq=LENGTH, new_tokens=2, gradients=False, json=out)
+    options = Parity(model=checked[0], batch=8, seq=LENGTH, new_tokens=2, gradients=False, json=out)
     assert options.run() == 1
     assert "beyond the limits" in capsys.readouterr().out
     (report,) = json.loads(out.read_text())
     assert {row["group"] for row in report["rows"]} == set(GROUPS) - {"gradient"}
     assert any("logits" in failure for failure in report["failures"])
-
-
-def test_the_command_succeeds_on_a_checkpoint_and_prints_every_row(tmp_path, capsys):
-    save_hf(random_model(SMALL, seed=0), tmp_path / "model")
-    assert Parity(model=tmp_path / "model", batch=8, seq=LENGTH, new_tokens=2).run() == 0
-    printed = capsys.readouterr().out
-    for word in (
-        "embed",
-        "layers.1.output",
-        "conv_state",
-        "ssm_state",
-        "logits",
-        "loss",
-        "gradient.layers.0.mamba.in_z",
-    ):
-        assert word in printed
-    assert "0% differ" in printed
 
 
 @pytest.mark.parametrize(
@@ -109,13 +129,6 @@ def test_the_command_succeeds_on_a_checkpoint_and_prints_every_row(tmp_path, cap
 def test_bad_options_are_refused_before_anything_runs(options, message):
     with pytest.raises(ValueError, match=message):
         Parity(**options).run()
-
-
-def test_without_gradients_all_else_is_compared():
-    case = Case("forward", SMALL, seq=LENGTH)
-    for report in (check(case, new_tokens=2, gradients=False), check_streaming(case, gradients=False)):
-        assert report.failures == ()
-        assert {row.group for row in report.rows} == set(GROUPS) - {"gradient"}
 
 
 def test_a_clamped_time_step_has_no_reference():

@@ -16,10 +16,8 @@ NEW_TOKENS = 64
 @pytest.mark.parametrize(
     "name",
     [
-        "1.2b-miniature",
-        pytest.param("2.7b-miniature", marks=pytest.mark.slow),
         "7b-miniature",
-        pytest.param("untied-head", marks=pytest.mark.slow),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("1.2b-miniature", "2.7b-miniature", "untied-head")),
     ],
 )
 def test_greedy_tokens_are_those_of_transformers(name, tmp_path):

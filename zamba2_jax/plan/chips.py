@@ -68,6 +68,17 @@ class Slice:
         return Mesh(np.reshape(self.devices, sizes), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
+WITHOUT_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",  # there is no metadata server to ask
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nor a TPU that two processes could want
+    # What it would ask for, and complains about at length if nobody says it; the topology is what counts.
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+}
+"""Of the environment, for the TPU compiler on a machine without a TPU."""
+
+
 def describe_slice(topology: str) -> Slice:
     """The slice with a name such as "v5e:16x16" or "v5p:4x4x4", or "cpu:8" for the first 8 CPU devices.
 
@@ -87,8 +98,8 @@ def describe_slice(topology: str) -> Slice:
         return Slice(CHIPS[name], devices[:count])
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError(f"topology {topology!r} needs the TPU compiler: pip install 'zamba2-jax[tpu]'")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor a TPU that two processes could want
+    for variable, value in WITHOUT_TPU.items():
+        os.environ.setdefault(variable, value)
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except jax.errors.JaxRuntimeError as error:
