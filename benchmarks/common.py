@@ -53,7 +53,7 @@ def use_absent_tpus() -> None:
 
 
 def use_large_pages() -> None:
-    """Has malloc ask for large pages in processes started from here; see docs/xla-notes.md, large-pages."""
+    """Has malloc ask for large pages in processes started from here (docs/xla-notes.md: large-pages)."""
     os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
 
 
