@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 export JAX_PLATFORMS ?= cpu
-# Large pages: XLA takes fresh memory at every call, and the faults of small ones are a third of a step.
+# docs/xla-notes.md: large-pages
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .PHONY: demo check test test-full notebooks lint clean clean-cache

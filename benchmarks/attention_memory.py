@@ -6,32 +6,23 @@ implementations of `ops.causal_attention`. Backward is the whole gradient, given
 moved are left out: the compilers count the body of a loop once. Prints a table and writes attention_memory.json beside
 this file.
 
-    JAX_PLATFORMS=cpu python benchmarks/attention_memory.py
+    python benchmarks/attention_memory.py [--models zamba2-7b ...] [--tokens 2048 ...]
 """
 
-import argparse
 import importlib.util
 import itertools
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
-
-from zamba2_jax import preset
-
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor a TPU that two processes could want
 
 import jax
 import jax.numpy as jnp
+from common import RELEASED, gradient, option_parser, save_results, use_absent_tpus, use_cpu
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from zamba2_jax.files import write_json
+from zamba2_jax import preset
 from zamba2_jax.ops import causal_attention
 
-RESULTS = Path(__file__).with_suffix(".json")
-MODELS = ("zamba2-1.2b", "zamba2-2.7b", "zamba2-7b")
 LENGTHS = (2048, 8192, 32768)
 DTYPES = {"cpu": jnp.float32, "v5e": jnp.bfloat16}
 IMPLEMENTATIONS = {"cpu": ("jax", "xla"), "v5e": ("jax", "xla", "splash")}
@@ -42,11 +33,6 @@ def attention(name: str, scale: float) -> Callable[..., jax.Array]:
     if name == "jax":
         return lambda q, k, v: jax.nn.dot_product_attention(q, k, v, scale=scale, is_causal=True)
     return lambda q, k, v: causal_attention(q, k, v, scale, implementation=name)
-
-
-def gradient(function: Callable[..., jax.Array]) -> Callable[..., Any]:
-    """Of all arguments, given the cotangent."""
-    return lambda cotangent, *arguments: jax.vjp(function, *arguments)[1](cotangent)
 
 
 def temp_bytes(function: Callable[..., Any], *arguments: Any) -> int | None:
@@ -61,13 +47,18 @@ def temp_bytes(function: Callable[..., Any], *arguments: Any) -> int | None:
 
 def main() -> None:
     """Prints the table and writes it."""
-    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
+    parser = option_parser(__doc__)
+    parser.add_argument("--models", nargs="+", default=RELEASED)
+    parser.add_argument("--tokens", nargs="+", type=int, default=LENGTHS)
+    options = parser.parse_args()
+    use_cpu()
+    use_absent_tpus()
     devices = {"cpu": jax.devices("cpu")[0]}
     if importlib.util.find_spec("libtpu") is not None:
         devices["v5e"] = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
     rows = []
     print(f"{'device':7}{'model':13}{'p':>4}{'t':>7}  {'implementation':15}{'forward/MB':>11}{'backward/MB':>12}")
-    for (where, device), model, t in itertools.product(devices.items(), MODELS, LENGTHS):
+    for (where, device), model, t in itertools.product(devices.items(), options.models, options.tokens):
         config = preset(model)
         h, kv, p = config.attention_heads, config.kv_heads, config.attention_head_dim
         q, k = (
@@ -76,14 +67,14 @@ def main() -> None:
         )
         for name in IMPLEMENTATIONS[where]:
             function = attention(name, config.attention_scale)
-            forward, backward = temp_bytes(function, q, k, k), temp_bytes(gradient(function), q, q, k, k)
+            forward, backward = temp_bytes(function, q, k, k), temp_bytes(gradient(function), (q, k, k), q)
             rows.append(
                 {"device": where, "model": model, "head_dim": p, "t": t, "dtype": jnp.dtype(DTYPES[where]).name}
                 | {"implementation": name, "forward_temp_bytes": forward, "backward_temp_bytes": backward}
             )
             shown = ["too much" if size is None else f"{size / 1e6:.0f}" for size in (forward, backward)]
             print(f"{where:7}{model:13}{p:4}{t:7}  {name:15}{shown[0]:>11}{shown[1]:>12}", flush=True)
-    write_json(RESULTS, rows)
+    save_results(__file__, rows)
 
 
 if __name__ == "__main__":

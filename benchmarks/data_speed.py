@@ -4,10 +4,9 @@ Tokenizes the embedded code into token files, with one process and with two, and
 files, in the demo's shape and in that of a large run. Then trains `zamba2-nano` for a few steps on the same machine.
 The pipeline must be 5 times as fast as the training. Prints a table and writes data_speed.json beside this file.
 
-    JAX_PLATFORMS=cpu GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python benchmarks/data_speed.py
+    GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python benchmarks/data_speed.py
 """
 
-import argparse
 import contextlib
 import itertools
 import json
@@ -16,20 +15,19 @@ import time
 from pathlib import Path
 
 import jax
+from common import machine, option_parser, save_results, use_cpu
 from flax import nnx
 
-from zamba2_jax import Zamba2, preset
+from zamba2_jax import init_model, preset
 from zamba2_jax.data.batches import Batch, batches
 from zamba2_jax.data.corpus import code, tokenize_embedded_corpus
 from zamba2_jax.data.documents import Documents
 from zamba2_jax.data.sources import SourceConfig, open_documents, size_of
 from zamba2_jax.data.tokenize import tokenize
-from zamba2_jax.files import write_json
 from zamba2_jax.text.vocabulary import save_tokenizer
 from zamba2_jax.train.optimizer import AdamW
 from zamba2_jax.train.step import compile_train_step, init_state
 
-RESULTS = Path(__file__).with_suffix(".json")
 SHAPES = {"4 x 128": (4, 128), "64 x 4096": (64, 4096)}
 SECONDS = 3
 STEPS = 20
@@ -58,7 +56,7 @@ def feeding(documents: Documents, batch_size: int, length: int) -> float:
 def training(stream: list[Batch]) -> float:
     """Tokens per second of training steps of the nano model."""
     optimizer = AdamW().transformation()
-    state = init_state(Zamba2(preset("zamba2-nano"), rngs=nnx.Rngs(0)), optimizer)
+    state = init_state(init_model(preset("zamba2-nano"), rngs=nnx.Rngs(0)), optimizer)
     step = compile_train_step(state, stream[0], optimizer=optimizer, schedule=lambda step: 1e-3)
     state, _ = jax.block_until_ready(step(state, stream[0]))
     begin = time.perf_counter()
@@ -70,7 +68,8 @@ def training(stream: list[Batch]) -> float:
 
 def main() -> None:
     """Measures, prints and writes."""
-    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
+    option_parser(__doc__).parse_args()
+    use_cpu()
     corpus = tokenize_embedded_corpus(preset("zamba2-nano").vocab_size)
     vocab_size = corpus.tokenizer.vocab_size
     results: dict[str, float] = {}
@@ -95,7 +94,7 @@ def main() -> None:
         print(f"{what:45} {rate:14,.1f}")
     slowest = min(rate for what, rate in results.items() if what.startswith("feed"))
     print(f"the pipeline at its slowest is {slowest / trained:.0f} times as fast as the training")
-    write_json(RESULTS, results)
+    save_results(__file__, {"measured on": machine(), **results})
 
 
 if __name__ == "__main__":

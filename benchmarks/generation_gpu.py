@@ -9,24 +9,18 @@ same GPU copies memory. Medians of 5 after one to warm up, which compiles. Print
 generation_gpu.json beside this file, with a table per kind of device.
 """
 
-import argparse
-import json
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bench_model import seconds
+from common import RELEASED, load_results, median_seconds, option_parser, save_results, use_gpu, weight_bytes
 from flax import nnx
 
-from zamba2_jax import Zamba2, Zamba2Config, cache_bytes, preset
-from zamba2_jax.files import write_json
-from zamba2_jax.inference import Engine, Request
+from zamba2_jax import Engine, Request, Zamba2Config, cache_bytes, init_model, preset
 
-RESULTS = Path(__file__).with_suffix(".json")
 PROMPTS = (128, 512, 4096)
 SHORT, NEW_TOKENS = 32, 128
 
@@ -34,7 +28,7 @@ Generate = Callable[[int, int, int], Any]
 """Continues so many rows of prompts of so many tokens by so many more."""
 
 
-def engine_of(model: Zamba2, slots: int, capacity: int) -> Generate:
+def engine_of(model: Any, slots: int, capacity: int) -> Generate:
     """Of random tokens, through one engine of so many slots."""
     engine = Engine(model, slots=slots, capacity=capacity)
 
@@ -47,7 +41,7 @@ def engine_of(model: Zamba2, slots: int, capacity: int) -> Generate:
     return run
 
 
-def measure(model: Zamba2, rows: list[int], speed: float) -> dict[str, float]:
+def measure(model: Any, rows: list[int], speed: float) -> dict[str, float]:
     """Every number of a model, by what it is, on a device that copies memory at `speed`."""
     found: dict[str, float] = {}
 
@@ -57,10 +51,10 @@ def measure(model: Zamba2, rows: list[int], speed: float) -> dict[str, float]:
 
     run = engine_of(model, 1, max(PROMPTS) + 1)
     for t in PROMPTS:
-        note(f"prompt of {t}: ms to the first token", 1e3 * seconds(partial(run, 1, t, 1)))
+        note(f"prompt of {t}: ms to the first token", 1e3 * median_seconds(partial(run, 1, t, 1)))
     for b in rows:
         run = engine_of(model, b, 4 * NEW_TOKENS)
-        begin, end = (seconds(partial(run, b, SHORT, new)) for new in (1, 1 + NEW_TOKENS))
+        begin, end = (median_seconds(partial(run, b, SHORT, new)) for new in (1, 1 + NEW_TOKENS))
         steps = NEW_TOKENS / (end - begin)
         note(f"rows {b}: tokens per second", b * steps)
         note(f"rows {b}: of what the memory allows", steps * step_bytes(model.config, b) / speed)
@@ -71,22 +65,7 @@ def bandwidth() -> float:
     """Bytes per second that a copy of 4 GiB reads and writes."""
     array = jnp.ones(2**30, jnp.float32)
     copy = jax.jit(lambda array: array + 1)
-    return 2 * array.nbytes / seconds(partial(copy, array))
-
-
-def weight_bytes(config: Zamba2Config, dtype: str) -> tuple[int, int]:
-    """Bytes of the weights a token needs, and of those it reads if nothing stays in a cache."""
-    model = jax.eval_shape(lambda: Zamba2(config, rngs=nnx.Rngs(0), dtype=dtype))
-
-    def size(tree: Any) -> int:
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-    once = [
-        (block.attention.q_embedded, block.attention.k_embedded, block.attention.v_embedded) for block in model.shared
-    ]
-    each_call = [size(block) - size(of_block) for block, of_block in zip(model.shared, once, strict=True)]
-    calls = sum(each_call[row.hybrid.block] for row in config.layer_plan if row.hybrid is not None)
-    return size(model), size(model) - sum(each_call) + calls
+    return 2 * array.nbytes / median_seconds(partial(copy, array))
 
 
 def step_bytes(config: Zamba2Config, b: int) -> int:
@@ -96,20 +75,20 @@ def step_bytes(config: Zamba2Config, b: int) -> int:
 
 def main() -> None:
     """Prints the numbers and writes them."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=["zamba2-1.2b", "zamba2-2.7b", "zamba2-7b"])
+    parser = option_parser(__doc__)
+    parser.add_argument("--models", nargs="+", default=RELEASED)
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 8, 64])
     options = parser.parse_args()
-    kind, speed = jax.devices()[0].device_kind, bandwidth()
+    kind, speed = use_gpu().device_kind, bandwidth()
     print(f"{kind}: a copy moves {speed / 1e9:.0f} GB/s", flush=True)
-    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    results = load_results(__file__)
     here = results.setdefault(kind, {})
-    here["GB per second of a copy"] = speed / 1e9
+    here["jax"], here["GB per second of a copy"] = jax.__version__, speed / 1e9
     for name in options.models:
         print(name, flush=True)
-        model = Zamba2(preset(name), rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+        model = init_model(preset(name), rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
         here[name] = measure(model, options.rows, speed)
-        write_json(RESULTS, results)
+        save_results(__file__, results)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ Prints tables, writes gpu_compile.json beside this file, and exits with 1 if a k
     python benchmarks/gpu_compile.py [--gpus H100 A100] [--models zamba2-7b ...] [--tokens 4096]
 """
 
-import argparse
 import importlib.util
 import itertools
 import os
@@ -28,22 +27,16 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from zamba2_jax import preset
-
-os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # there is no driver to ask for its version
-
 import jax
 import jax.numpy as jnp
+from common import RELEASED, array_bytes, gradient, option_parser, save_results, scan_inputs, scan_sizes
 from jax._src import xla_bridge
 from jax.experimental import topologies
-from ssd_tpu_traffic import gradient, logical_bytes
 
-from zamba2_jax.files import write_json
+from zamba2_jax import preset
 from zamba2_jax.ops import causal_attention, ssd, ssd_step
 from zamba2_jax.plan.hlo import traffic
 
-RESULTS = Path(__file__).with_suffix(".json")
 TARGET = """
 gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
@@ -89,7 +82,9 @@ ATTENTION_TOKENS, DECODE_ROWS = 8192, 8
 
 
 def find_plugin() -> None:
-    """Makes JAX know of CUDA."""
+    """Makes JAX know of CUDA, on the CPU."""
+    jax.config.update("jax_platforms", "cpu")
+    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # there is no driver to ask for its version
     xla_bridge.backends()  # registers the plugin
     # JAX asks which GPU backend is there to tell "cuda" from "rocm"; none is.
     known = xla_bridge.canonicalize_platform
@@ -111,11 +106,6 @@ def compiled(function: Callable[..., Any], arguments: Any, sharding: Any, **opti
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
         lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
     return lowered.compile(compiler_options=options)
-
-
-def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
-    """An argument; a shorter name for it."""
-    return jax.ShapeDtypeStruct(shape, dtype)
 
 
 @cache
@@ -154,12 +144,10 @@ def resident_warps(registers: int, warps: int) -> int:
 
 def scan_case(gpu: str, sharding: Any, model: str, dtype: str, tokens: int) -> dict[str, Any]:
     """One row of the table of the scan: one row of `tokens`, forward and the gradient."""
-    config = preset(model)
-    h, p, g, n = config.mamba_heads, config.mamba_head_dim, config.ngroups, config.d_state
-    x, per_token, B = array(1, tokens, h, p, dtype=dtype), array(1, tokens, h), array(1, tokens, g, n, dtype=dtype)
-    inputs = x, per_token, array(h), B, B, array(h)
+    by_name = jax.eval_shape(partial(scan_inputs, 1, tokens, scan_sizes(model), dtype))
+    inputs = tuple(by_name[name] for name in ("x", "dt", "A", "B", "C", "D"))
     results = jax.eval_shape(partial(ssd, implementation="xla"), *inputs)
-    floors = {"forward": logical_bytes((inputs, results)), "gradient": logical_bytes((inputs, results, inputs))}
+    floors = {"forward": array_bytes((inputs, results)), "gradient": array_bytes((inputs, results, inputs))}
     row: dict[str, Any] = {"gpu": gpu, "model": model, "dtype": dtype, "tokens": tokens, "floor_bytes": floors}
     with tempfile.TemporaryDirectory() as folder:
         for implementation in ("pallas_gpu", "xla"):
@@ -174,17 +162,20 @@ def scan_case(gpu: str, sharding: Any, model: str, dtype: str, tokens: int) -> d
 
 def decode_case(gpu: str, sharding: Any, model: str) -> dict[str, Any]:
     """One token of several rows: what is left of `ssd_step`."""
-    config = preset(model)
-    h, p, g, n, b = config.mamba_heads, config.mamba_head_dim, config.ngroups, config.d_state, DECODE_ROWS
-    x, B, state = array(b, h, p, dtype="bfloat16"), array(b, g, n, dtype="bfloat16"), array(b, h, p, n)
+    sizes, b = scan_sizes(model), DECODE_ROWS
+
+    def arguments() -> tuple[Any, ...]:
+        x, dt, A, B, C, D = scan_inputs(b, 1, sizes, "bfloat16").values()
+        return x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], D, jnp.zeros((b, sizes.h, sizes.p, sizes.n))
 
     def step(x, dt, A, B, C, D, state):
         return ssd_step(x, dt, A, B, C, D, state=state)
 
-    text = compiled(step, (x, array(b, h), array(h), B, B, array(h), state), sharding).as_text()
+    inputs = jax.eval_shape(arguments)
+    text = compiled(step, inputs, sharding).as_text()
     line = re.compile(r"^ +%(\S+) = .* (?:fusion|custom-call|copy|transpose)\(", re.MULTILINE)
     operations = line.findall(text[text.index("\nENTRY") :])
-    ratio = round(traffic(text).memory / (2 * logical_bytes(state)), 3)
+    ratio = round(traffic(text).memory / (2 * array_bytes(inputs[-1])), 3)
     return {"gpu": gpu, "model": model, "rows": b, "operations": operations, "ratio": ratio}
 
 
@@ -192,7 +183,7 @@ def attention_case(gpu: str, sharding: Any, model: str) -> dict[str, Any]:
     """MB besides arguments and results, forward and with the gradient."""
     config = preset(model)
     shape = 1, ATTENTION_TOKENS, config.attention_heads, config.attention_head_dim
-    q = array(*shape, dtype="bfloat16")
+    q = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
     attend = partial(causal_attention, scale=1.0, implementation="xla")
 
     programs = (
@@ -205,9 +196,9 @@ def attention_case(gpu: str, sharding: Any, model: str) -> dict[str, Any]:
 
 def main() -> int:
     """Prints the tables and writes them."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = option_parser(__doc__)
     parser.add_argument("--gpus", nargs="+", choices=GPUS, default=list(GPUS))
-    parser.add_argument("--models", nargs="+", default=["zamba2-1.2b", "zamba2-2.7b", "zamba2-7b"])
+    parser.add_argument("--models", nargs="+", default=RELEASED)
     parser.add_argument("--tokens", type=int, default=4096)
     options = parser.parse_args()
     ptxas()
@@ -237,7 +228,7 @@ def main() -> int:
                 f"  {model} attention: {memory['forward_MB']} MB, {memory['gradient_MB']} MB with the gradient",
                 flush=True,
             )
-    write_json(RESULTS, results)
+    save_results(__file__, results)
     return int(failed)
 
 

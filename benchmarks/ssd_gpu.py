@@ -11,35 +11,35 @@ Two times of a call: what its kernels take on the device, by CUPTI, and what pas
 after the other. The second has the host's part in it, which is no one's inside of a larger compiled program.
 """
 
-import argparse
 import importlib.util
-import json
 import os
-import statistics
 import sys
-import tempfile
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
-
-from zamba2_jax import preset
-
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory beside JAX
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from common import (
+    Call,
+    differences,
+    load_results,
+    on_clock,
+    on_device,
+    option_parser,
+    save_results,
+    scan_inputs,
+    scan_sizes,
+    use_gpu,
+    wait,
+    with_gradient,
+)
 
-from zamba2_jax.files import write_json
 from zamba2_jax.ops import ssd
 from zamba2_jax.ops.decay import log_decays
 from zamba2_jax.ops.ssd_pallas_gpu import Tuning, ssd_pallas_gpu
 
-OUTPUT = Path(__file__).with_suffix(".json")
-ROUNDS, CALLS = 3, 5
 NAMES = ("x", "dt", "A", "B", "C", "D")
 LIMITS = {"float32": 1e-5, "bfloat16": 2e-2}
 TUNINGS = {
@@ -53,7 +53,6 @@ TUNINGS = {
         {"multiprocessors": 264, "num_stages": 2},
     )
 }
-Call = Callable[[], Any]
 Pair = tuple[jax.stages.Compiled, jax.stages.Compiled]
 Scan = Callable[..., tuple[jax.Array, jax.Array]]
 
@@ -67,55 +66,24 @@ class Times(NamedTuple):
     with_gradient_clock: float
 
 
-def arguments(model: str, rows: int, tokens: int, dtype: str) -> dict[str, jax.Array]:
-    """Inputs of the scan as in a model: dt of 0.001 to 0.1, A of -1 to -16."""
-    config, keys = preset(model), iter(jax.random.split(jax.random.key(0), 5))
-    h, p, g, n = config.mamba_heads, config.mamba_head_dim, config.ngroups, config.d_state
-    return {
-        "x": jax.random.normal(next(keys), (rows, tokens, h, p), dtype),
-        "dt": 10 ** jax.random.uniform(next(keys), (rows, tokens, h), minval=-3.0, maxval=-1.0),
-        "A": -jax.random.uniform(next(keys), (h,), minval=1.0, maxval=16.0),
-        "B": jax.random.normal(next(keys), (rows, tokens, g, n), dtype),
-        "C": jax.random.normal(next(keys), (rows, tokens, g, n), dtype),
-        "D": jnp.ones(h, jnp.float32),
-    }
-
-
 def kernels(x, dt, A, B, C, D, *, tuning: Tuning | None = None) -> tuple[jax.Array, jax.Array]:
     """`ssd_pallas_gpu` with the arguments of `ssd`."""
     return ssd_pallas_gpu(x, dt, log_decays(dt, A), B, C, D, None, tuning=tuning)
 
 
-def with_gradient(function: Callable[..., Any], *inputs: jax.Array) -> Any:
-    """Results and gradients, by all inputs, of the results weighed by themselves, at no further cost."""
-    outputs, pull = jax.vjp(function, *inputs)
-    return outputs, pull(outputs)
-
-
 def check(model: str, dtype: str) -> dict[str, float]:
     """Relative error, by norms, of y, the state and every gradient, on a ragged length."""
-    inputs = arguments(model, 2, 1000, dtype).values()
+    inputs = scan_inputs(2, 1000, scan_sizes(model), dtype).values()
     exact = [a.astype(jnp.float32) for a in inputs]
     expected = jax.jit(partial(with_gradient, partial(ssd, implementation="sequential")))(*exact)
     got = jax.jit(partial(with_gradient, kernels))(*inputs)
     return dict(zip(("y", "state", *(f"d{name}" for name in NAMES)), differences(got, expected), strict=True))
 
 
-def differences(got: Any, expected: Any) -> list[float]:
-    """Of every array from the one expected, by norms."""
-    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True)
-    return [float(np.linalg.norm(np.float64(a) - np.float64(e)) / np.linalg.norm(np.float64(e))) for a, e in pairs]
-
-
 def compiled(function: Callable[..., Any], inputs: Any) -> Pair:
     """Of arrays or shapes by name: the function, and the function with its gradient."""
     forward, both = (jax.jit(f).lower(*inputs.values()).compile() for f in (function, partial(with_gradient, function)))
     return forward, both
-
-
-def of_jax(function: Callable[..., Any], inputs: dict[str, jax.Array]) -> tuple[Call, Call]:
-    """One call forward, and one with the gradient, compiled."""
-    return of_programs(compiled(function, inputs), inputs)
 
 
 def of_programs(pair: Pair, inputs: dict[str, jax.Array]) -> tuple[Call, Call]:
@@ -145,41 +113,9 @@ def of_mamba_ssm(inputs: dict[str, jax.Array]) -> tuple[Call, Call]:
     return without_graph, both
 
 
-def wait(results: Any) -> None:
-    """Until all that was asked for is done."""
-    if "torch" in sys.modules:
-        sys.modules["torch"].cuda.synchronize()
-    jax.block_until_ready([leaf for leaf in jax.tree.leaves(results) if isinstance(leaf, jax.Array)])
-
-
-def on_clock(call: Call) -> float:
-    """Milliseconds of one call among several in a row, the median of rounds."""
-    times = []
-    for _ in range(ROUNDS):
-        start = time.perf_counter()
-        for _ in range(CALLS):
-            results = call()
-        wait(results)
-        times.append((time.perf_counter() - start) / CALLS * 1e3)
-    return statistics.median(times)
-
-
-def on_device(call: Call) -> float:
-    """Milliseconds that the kernels of one call take, the mean of several."""
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            for _ in range(CALLS):
-                results = call()
-            wait(results)
-        [path] = Path(folder).rglob("*.xplane.pb")
-        planes = [plane for plane in jax.profiler.ProfileData.from_file(str(path)).planes if "GPU" in plane.name]
-        streams = [line for plane in planes for line in plane.lines if line.name.startswith("Stream")]
-        return sum(event.duration_ns for line in streams for event in line.events) / CALLS / 1e6
-
-
 def programs(model: str, rows: int, tokens: int, scans: dict[str, Scan]) -> dict[str, Pair]:
     """Scans compiled for a shape, by name."""
-    shapes = jax.eval_shape(partial(arguments, model, rows, tokens, "bfloat16"))
+    shapes = jax.eval_shape(partial(scan_inputs, rows, tokens, scan_sizes(model), "bfloat16"))
     inputs = {name: shapes[name] for name in NAMES}  # eval_shape sorts them
     with ThreadPoolExecutor() as pool:
         return dict(zip(scans, pool.map(partial(compiled, inputs=inputs), scans.values()), strict=True))
@@ -187,7 +123,7 @@ def programs(model: str, rows: int, tokens: int, scans: dict[str, Scan]) -> dict
 
 def contenders(model: str, rows: int, tokens: int, scans: dict[str, Pair]) -> dict[str, tuple[Call, Call]]:
     """By name, all called once; without those that do not fit into memory."""
-    inputs, found = arguments(model, rows, tokens, "bfloat16"), {}
+    inputs, found = scan_inputs(rows, tokens, scan_sizes(model), "bfloat16"), {}
     for name, pair in scans.items():
         calls = of_programs(pair, inputs)
         try:
@@ -205,7 +141,7 @@ def contenders(model: str, rows: int, tokens: int, scans: dict[str, Pair]) -> di
 
 def main() -> None:
     """Prints the tables and writes the file; exits with 1 if a result is wrong."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = option_parser(__doc__)
     parser.add_argument("--models", nargs="+", default=["zamba2-7b", "zamba2-1.2b", "zamba2-2.7b"])
     parser.add_argument(
         "--shapes", nargs="+", default=["1x2048", "2x2048", "1x4096", "4x4096", "8x2048", "1x16384", "8x16384"]
@@ -213,20 +149,17 @@ def main() -> None:
     parser.add_argument("--no-xla", action="store_true", help="without plain XLA, which takes long to compile")
     parser.add_argument("--tunings", action="store_true", help="other sizes of the kernels too")
     options = parser.parse_args()
-    try:
-        device = jax.devices("cuda")[0]
-    except RuntimeError:
-        sys.exit("ssd_gpu.py needs an NVIDIA GPU: JAX sees none here")
-
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # torch needs memory beside JAX
+    device = use_gpu()
     results: dict[str, Any] = {"jax": jax.__version__, "errors": {}, "milliseconds": []}
-    devices = (json.loads(OUTPUT.read_text()) if OUTPUT.exists() else {}) | {device.device_kind: results}
+    devices = load_results(__file__) | {device.device_kind: results}
     wrong = False
     for model in options.models:
         for dtype, limit in LIMITS.items():
             errors = results["errors"][f"{model} {dtype}"] = check(model, dtype)
             wrong |= not all(error <= limit for error in errors.values())  # NaN is wrong too
             print(f"{model} {dtype:9}", " ".join(f"{name} {error:.1e}" for name, error in errors.items()), flush=True)
-    write_json(OUTPUT, devices)
+    save_results(__file__, devices)
     if wrong:
         sys.exit(f"errors above {LIMITS}: nothing timed")
 
@@ -245,7 +178,7 @@ def main() -> None:
             times = {name: Times(*map(on_device, pair), *map(on_clock, pair)) for name, pair in calls.items()}
             rows_of_table = {name: value._asdict() for name, value in times.items()}
             results["milliseconds"].append({"model": model, "rows": rows, "tokens": tokens, **rows_of_table})
-            write_json(OUTPUT, devices)
+            save_results(__file__, devices)
             print(f"{model} {rows} x {tokens}")
             for name, (forward, both, *clock) in times.items():
                 ratios = (a / b for a, b in zip((forward, both), times["pallas"], strict=False))

@@ -12,39 +12,30 @@ case is compiled from a state of zeros and from one that is given; plain XLA onl
 or everywhere with `--all`. Prints a table and writes ssd_tpu_traffic.json beside this file.
 
     pip install 'zamba2-jax[tpu]'
-    JAX_PLATFORMS=cpu python benchmarks/ssd_tpu_traffic.py
+    python benchmarks/ssd_tpu_traffic.py
 """
 
 import argparse
 import importlib.util
 import itertools
-import os
 import re
 import time
 from collections.abc import Callable, Collection, Iterator
-from pathlib import Path
 from typing import Any
-
-from zamba2_jax import preset
-
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server to ask
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # nor a TPU that two processes could want
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from common import RELEASED, array_bytes, gradient, save_results, scan_sizes, use_absent_tpus, use_cpu
 from jax.experimental import topologies
 from jax.extend.core import jaxpr_as_fun, jaxprs_in_params
 from jax.sharding import SingleDeviceSharding
 
-from zamba2_jax.files import write_json
 from zamba2_jax.ops import ssd
 from zamba2_jax.ops.ssd_pallas_tpu import ssd_pallas_tpu
 from zamba2_jax.plan.hlo import traffic
 
-RESULTS = Path(__file__).with_suffix(".json")
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
-MODELS = ("zamba2-1.2b", "zamba2-2.7b", "zamba2-7b")
 LENGTHS = (2048, 4096, 8192)
 DTYPES = ("bfloat16", "float32")
 STARTS = ("zeros", "given")
@@ -65,11 +56,6 @@ def physical_bytes(shape: tuple[int, ...], itemsize: int) -> int:
         tile = 8 * 4 // itemsize
         sizes[-2] = -(-sizes[-2] // tile) * tile
     return int(np.prod(sizes)) * itemsize
-
-
-def logical_bytes(tree: Any) -> int:
-    """Bytes of all arrays of `tree` without padding."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def kernels(jaxpr: Any) -> Iterator[Any]:
@@ -130,11 +116,6 @@ def compiled(function: Callable[..., Any], arguments: Any) -> tuple[Any, float]:
     return program, time.perf_counter() - start
 
 
-def gradient(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Of cotangents of all results, with respect to all arguments."""
-    return lambda arguments, cotangents: jax.vjp(function, *arguments)[1](cotangents)
-
-
 def scans(t: int, h: int, p: int, n: int, g: int) -> dict[str, Callable[..., Any]]:
     """Both implementations, of arrays as the model holds them: channels of all heads in one axis."""
 
@@ -158,8 +139,7 @@ def measure(
     chip: str, model: str, dtype: str, t: int, start: str, implementations: Collection[str]
 ) -> list[dict[str, Any]]:
     """Forward and backward, two rows of the table: one row of `t` tokens, from a state of "zeros" or a "given" one."""
-    config = preset(model)
-    h, p, n, g = config.mamba_heads, config.mamba_head_dim, config.d_state, config.ngroups
+    h, p, n, g = scan_sizes(model)
     device = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip]).devices[0]
 
     def array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
@@ -171,8 +151,8 @@ def measure(
     arguments = {"pallas": (x, per_head, per_head, *tail), "xla": (x, per_head, array(h), *tail)}
     results = x, last
     floor = {
-        "forward": logical_bytes((arguments["pallas"], results)),
-        "backward": logical_bytes((arguments["pallas"], results, arguments["pallas"])),
+        "forward": array_bytes((arguments["pallas"], results)),
+        "backward": array_bytes((arguments["pallas"], results, arguments["pallas"])),
     }
     moved: dict[str, dict[str, Any]] = {"forward": {}, "backward": {}}
     for name in implementations:
@@ -222,7 +202,7 @@ def table(everything: bool = False) -> list[dict[str, Any]]:
     """All rows, printed as they are found; with `everything` plain XLA on all chips, at all lengths."""
     rows = []
     print(ROW.format(*HEADER))
-    for case in itertools.product(CHIPS, MODELS, DTYPES, LENGTHS, STARTS):
+    for case in itertools.product(CHIPS, RELEASED, DTYPES, LENGTHS, STARTS):
         baseline = everything or (case[0], *case[3:]) == ("v5e", 4096, "zeros")
         for row in measure(*case, ("pallas", "xla") if baseline else ("pallas",)):
             rows.append(row)
@@ -238,7 +218,9 @@ def main() -> None:
     everything = parser.parse_args().all
     if importlib.util.find_spec("libtpu") is None:
         raise SystemExit("The TPU compiler is missing: pip install 'zamba2-jax[tpu]'")
-    write_json(RESULTS, table(everything))
+    use_cpu()
+    use_absent_tpus()
+    save_results(__file__, table(everything))
 
 
 if __name__ == "__main__":

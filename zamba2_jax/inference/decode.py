@@ -14,10 +14,7 @@ from zamba2_jax.nn.tap import NO_TAP, Tap
 from zamba2_jax.typing import Array, Float, Int
 
 APART = {"xla_gpu_dot_merger_threshold_mb": "0"}
-"""For the compiler: else XLA for GPUs joins products of one input, for which it copies their weights at every step.
-
-Only for programs of the engine: what users may call in programs of their own can have no options.
-"""
+"""Options of the compiler, for programs of the engine alone. docs/xla-notes.md: merged-products"""
 
 
 def prefill(

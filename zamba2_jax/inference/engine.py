@@ -199,7 +199,7 @@ class Engine:
         self._hidden = hidden_tokens(tokenizer)
         self._rows = _empty_rows(model.config, slots, capacity, model.dtype)
         self._row: Cache | None = None
-        # Out of a loop XLA would carry copies of all weights of bfloat16 on CPU, other than its products read them.
+        # docs/xla-notes.md: weights-carried-by-loops
         self._loop = not (model.dtype == jnp.bfloat16 and platform() == "cpu")
         self._streamed = 1 if platform() == "cpu" else STREAMED
         self._tasks: list[_Task | None] = [None] * slots

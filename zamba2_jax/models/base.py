@@ -73,7 +73,7 @@ class LanguageModel(nnx.Module):
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         """A model with fresh parameters of compute dtype `dtype`, on the mesh that is set, if one is.
 
-        Make it outside of `jax.jit`, where the programs of all parameters would be one that takes minutes to compile.
+        Make it outside of `jax.jit`, in which it takes minutes to compile (docs/xla-notes.md: programs-by-shape).
         `jax.eval_shape(lambda: init_model(config, rngs=nnx.Rngs(0)))` gives the same pytree of shapes, without memory.
         """
         v, d, matrix = config.vocab_size, config.hidden_size, normal(config.initializer_range)

@@ -1,6 +1,6 @@
 """How much arithmetic and how many parameters a model has, and which architecture has as much.
 
-By formula: the compiler's own count takes the body of each loop once.
+By formula, as the compiler's own count is no use (docs/xla-notes.md: loops-counted-once).
 """
 
 import dataclasses

@@ -329,9 +329,9 @@ def _by_scan(
 def _conditional(function: Callable[..., Any], otherwise: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
     """`function` of (integers, *trees of floats) where a condition comes true, else `otherwise`, in a scan.
 
-    The derivative of `jax.lax.cond` has what a branch keeps among its results, and a scan stacks them up, even what all
-    turns have in common. So where arguments are all that is kept it is written out here: forward again and back in one.
+    Where arguments are all that is kept its gradient is written out: forward again and back in one.
     """
+    # docs/xla-notes.md: branches-in-scans
     if remat != "layer":
         kept = _checkpointed(function, remat, in_scan=True)
         return lambda condition, *arguments: jax.lax.cond(condition, kept, otherwise, *arguments)

@@ -16,11 +16,7 @@ from zamba2_jax.typing import DTypeLike, param_dtype
 
 
 class KeyStream:
-    """Stands in for `nnx.Rngs` where hundreds of parameters are declared.
-
-    Its count is a Python integer: in flax 0.12.8 the traced one of `nnx.Rngs` makes the shapes of the 7B model take
-    27 seconds instead of one.
-    """
+    """Stands in for `nnx.Rngs` where hundreds of parameters are declared (docs/xla-notes.md: counted-keys)."""
 
     def __init__(self, key: jax.Array):
         self._key = key
@@ -35,7 +31,7 @@ class KeyStream:
 Rngs = nnx.Rngs | KeyStream
 ModuleT = TypeVar("ModuleT", bound=nnx.Module)
 Initializer = Callable[[jax.Array, Sequence[int], DTypeLike], jax.Array]
-"""One object for all parameters that begin alike, so that a program is made per shape, not per parameter."""
+"""One object for all parameters that begin alike. docs/xla-notes.md: programs-by-shape"""
 
 normal: Callable[[float], Initializer] = functools.cache(initializers.normal)
 

@@ -16,7 +16,7 @@ BLOCK = 512
 FITTING = 2**19
 """Numbers in those keys of a block that one query per row attends to: what stays in a CPU's cache while it is read."""
 FILLING = 2**24
-"""The same on a GPU, where the host decides on every block more, which takes longer than to read so many."""
+"""The same on a GPU. docs/xla-notes.md: loops-on-gpu"""
 
 LARGEST_MASK = 2**28
 """Pairs of tokens of a row up to which cuDNN is the default where it reads a mask of them, half a GB of so many."""
@@ -132,8 +132,7 @@ def cached_attention(
 def stored_dtype(dtype: DTypeLike) -> jnp.dtype:
     """The dtype of a cache that is to hold keys and values of `dtype` on the platform of what is traced now.
 
-    On CPU bfloat16 is held as its bits: XLA cuts and writes it as float32 there, and would turn the whole cache into
-    that and back for every token.
+    On CPU bfloat16 is held as its bits (docs/xla-notes.md: bits-of-bfloat16).
     """
     bits = jnp.dtype(dtype) == jnp.bfloat16 and platform() == "cpu"
     return jnp.dtype(jnp.uint16 if bits else dtype)
@@ -168,7 +167,7 @@ def _attend_in_blocks(
     """
     (b, t, h, p), (kv, u) = q.shape, k.shape[1:3]
     size, wide = _block_size(k, t), at_least_fp32(q.dtype)
-    # One axis for all queries of a key head: with two of them XLA copies every block of keys transposed.
+    # docs/xla-notes.md: queries-in-one-axis
     q = q.swapaxes(1, 2).reshape(b, kv, h // kv * t, p)
     last = jnp.tile(slots, (1, h // kv))[:, None, :, None]
     matrices = (0, 1), (0, 1)
@@ -205,7 +204,7 @@ def _block_size(k: Shaped[Array, "b kv u p"], queries: int) -> int:
     if platform() == "gpu":
         return min(u, max(BLOCK, FILLING // (b * kv * p)) if queries == 1 else BLOCK)
     fitting = next(size for size in (512, 256, 128, 64, 32) if size == 32 or size * b * kv * p <= FITTING)
-    # Never the whole cache: XLA on CPU would then compute the cache with the new keys twice, each time in a copy.
+    # docs/xla-notes.md: half-the-cache
     return min(fitting if queries == 1 else BLOCK, -(-u // 2))
 
 

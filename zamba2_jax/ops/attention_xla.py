@@ -1,8 +1,8 @@
 """Attention by blocks of queries, in plain XLA: its memory grows with the length, not with its square.
 
 A block of queries meets all keys it may see at once, so that its softmax is exact and nothing is rescaled. The backward
-pass computes the scores of a block again. The blocks of long rows share one loop: independent ones would be computed at
-once, and all be in memory. Those of short rows are a few, written out, each of which reads no key in vain.
+pass computes the scores of a block again. The blocks of long rows share one loop (docs/xla-notes.md: blocks-at-once).
+Those of short rows are a few, written out, each of which reads no key in vain.
 
 Letters as in `typing`, r for the query heads of a key head, n for blocks, s for the queries of a block, u for keys.
 What belongs to queries has five axes here, [b, kv, r, t, ...], where b, kv and r may be 1.

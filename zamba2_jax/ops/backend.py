@@ -109,7 +109,7 @@ def default_backend(dtype: DTypeLike) -> Backend:
 
 @cache
 def _has_triton() -> bool:
-    """Whether JAX has Pallas through Triton, which it has announced to drop."""
+    """Whether JAX has Pallas through Triton (docs/xla-notes.md: pallas-through-triton)."""
     try:
         from jax.experimental.pallas import triton as _  # noqa: F401
     except ImportError as error:

@@ -108,7 +108,7 @@ def _terms(
 
 def _sum(terms: list[Float[Array, "b t e"]], w: Float[Array, "k e"], bias: Float[Array, " e"]) -> Float[Array, "b t e"]:
     y = bias
-    for j, term in enumerate(terms):  # written out: on CPU XLA's sum of products over an axis takes ten times as long
+    for j, term in enumerate(terms):  # docs/xla-notes.md: convolution-on-cpu
         y = y + term * w[j]
     return y
 

@@ -1,15 +1,7 @@
 """Matrix products with a weight.
 
-Weights are held by outputs, [out, in], as published checkpoints hold them. On CPU XLA packs the right side of a product
-anew each time. For few rows of float32 that is most of the work if the weight is on the right, so it is on the left: 2
-to 3 times as fast up to 16 rows, 1.2 times at 128, no faster beyond.
-
-At matmul precision "highest" (`jax.default_matmul_precision`) long sums of float32 are taken in blocks. On CPU, XLA's
-product rounds 1.6 times as badly as the MKL of PyTorch, because it adds up more terms in a row; in blocks of 128 it is
-the more exact of the two and takes a tenth longer.
-
-Where the CPU has instructions for bfloat16, XLA's product of it is 1.5 to 2 times as fast as that of float32 if its
-result is float32 and there are two rows at least; else it is slower than that of float32, for one row nine times.
+Weights are held by outputs, [out, in], as published checkpoints hold them. At matmul precision "highest"
+(`jax.default_matmul_precision`) long sums of float32 are taken in blocks.
 """
 
 import math
@@ -22,9 +14,9 @@ from zamba2_jax.ops.placement import on_one_cpu, platform
 from zamba2_jax.typing import Array, DTypeLike, Float
 
 BLOCK = 128
-"""Terms of a sum that are added up in a row at precision "highest"."""
+"""Terms of a sum that are added up in a row at precision "highest". docs/xla-notes.md: blocked-sums"""
 FEW_ROWS = 128
-"""Rows of float32 up to which a weight is on the left of its product on CPU."""
+"""Rows of float32 up to which a weight is on the left of its product on CPU. docs/xla-notes.md: weight-on-the-left"""
 
 Axes = tuple[int, ...]
 
@@ -40,7 +32,7 @@ def linear(
     """x @ w.T + bias, accumulated in at least float32 and rounded once to `dtype`, which is that of x by default.
 
     With `custom_gradient` differentiable in reverse: the gradient of w is one product, as w lies in memory. JAX's own
-    has every mode, and is a product that is then transposed, for which XLA writes a transposed copy of the cotangent.
+    has every mode.
     """
     dtype, product = jnp.dtype(dtype or x.dtype), _linear if custom_gradient else _rows_by_weight
     if bias is None:
@@ -54,14 +46,14 @@ def _linear(x: Array, w: Array, dtype: jnp.dtype) -> Array:
 
 
 def _forward(x: Array, w: Array, dtype: jnp.dtype) -> tuple[Array, tuple[Array, Array]]:
-    # Not `_linear` itself, inside of which no policy of `jax.checkpoint` would see the product that it is to save.
+    # docs/xla-notes.md: policies-and-custom-gradients
     return _rows_by_weight(x, w, dtype), (x, w)
 
 
 def _rows_by_weight(x: Array, w: Array, dtype: jnp.dtype) -> Array:
     rows = math.prod(x.shape[:-1])
     if 1 < rows <= FEW_ROWS and x.dtype == jnp.float32 and on_one_cpu() and not _at_highest():
-        # Without the barrier XLA turns the transpose of a product back into the product of the transposes.
+        # docs/xla-notes.md: weight-on-the-left
         y = jax.lax.optimization_barrier(_product(w, x.reshape(rows, x.shape[-1]), (1,), (1,), dtype)).T
         return y.reshape(*x.shape[:-1], len(w))
     return _product(x, w, (x.ndim - 1,), (1,), dtype)
@@ -71,7 +63,7 @@ def _backward(dtype: jnp.dtype, saved: tuple[Array, Array], cotangent: Array) ->
     x, w = saved
     d_x = _product(cotangent, w, (x.ndim - 1,), (0,), x.dtype)
     if on_one_cpu():
-        # XLA turns the sum over several axes into one over the last, and writes a transposed copy for it.
+        # docs/xla-notes.md: weight-gradient
         x, cotangent = (array.reshape(-1, array.shape[-1]) for array in (x, cotangent))
     batch = tuple(range(x.ndim - 1))
     return d_x, _product(cotangent, x, batch, batch, w.dtype)
@@ -94,7 +86,7 @@ def _at_highest() -> bool:
 
 
 def _bfloat16_on_cpu(a: Array, b: Array, a_axes: Axes, b_axes: Axes) -> Array:
-    """In the form that is fast, in float32."""
+    """In the form that is fast, in float32 (docs/xla-notes.md: bfloat16-on-cpu)."""
     is_row = a.size == math.prod(a.shape[i] for i in a_axes)
     if is_row:
         a, a_axes = jnp.stack([a, jnp.zeros_like(a)]), tuple(i + 1 for i in a_axes)

@@ -93,6 +93,7 @@ _gated.defvjp(_gated_forward, _gated_backward)
 
 def _group_means(x: Float[Array, "*batch e"], ngroups: int) -> Float[Array, "*batch g"]:
     """The mean of each of `ngroups` equal slices of the last axis."""
+    # docs/xla-notes.md: split-axis-on-tpu
     size = x.shape[-1] // ngroups
     if platform() != "tpu":
         return sum_over(x.reshape(*x.shape[:-1], ngroups, size), -1) / size
@@ -101,10 +102,8 @@ def _group_means(x: Float[Array, "*batch e"], ngroups: int) -> Float[Array, "*ba
 
 
 def _of_groups(values: Float[Array, "*batch g"], width: int) -> Float[Array, "*batch e"]:
-    """For each of `width` channels in equal groups the value of its group.
-
-    On a TPU, where a tile is part of the last two axes, an axis that is split in two is a copy of the array.
-    """
+    """For each of `width` channels in equal groups the value of its group."""
+    # docs/xla-notes.md: split-axis-on-tpu
     ngroups = values.shape[-1]
     if platform() != "tpu":
         return jnp.repeat(values, width // ngroups, axis=-1)

@@ -45,19 +45,19 @@ def on_one_cpu() -> bool:
 
 
 def compiled_apart(function: Callable[..., Tree], *arrays: Any) -> Tree:
-    """function(*arrays), compiled apart from all around it.
+    """function(*arrays), compiled apart from all around it on one CPU; elsewhere plain.
 
-    XLA on CPU computes what looks cheap, a cosine say, anew for every element of everything that reads it; and what a
-    backward pass is to compute again, it keeps from the forward pass. It drops `jax.lax.optimization_barrier`. What is
-    inside a branch it neither repeats nor shares. Elsewhere, and divided among devices, plain.
+    So it is computed once, not in every reader; and what a backward pass computes again is not kept from before.
     """
+    # docs/xla-notes.md: recomputed-by-readers
     if not on_one_cpu():
         return function(*arrays)
     return jax.lax.cond(jax.tree.leaves(arrays)[0].ravel()[0] == 0, function, function, *arrays)
 
 
 def rounded(arrays: Tree) -> Tree:
-    """The arrays, as they are in their dtype: XLA for TPUs would move what follows into their sums in float32."""
+    """The arrays, on a TPU rounded to their dtype before anything that follows is computed."""
+    # docs/xla-notes.md: rounded-on-tpu
     return jax.lax.optimization_barrier(arrays) if platform() == "tpu" else arrays
 
 

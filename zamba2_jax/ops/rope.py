@@ -32,13 +32,13 @@ def rotate(
 
 
 def _turned(pairs: Array, cos: Array, sin: Array) -> Array:
-    # The halves change places by a reversal: halves cut out and put together again are slower.
+    # docs/xla-notes.md: halves-of-a-rotation
     wide = pairs.astype(cos.dtype)
     return (wide * cos + jnp.flip(wide, -2) * sin).astype(pairs.dtype)
 
 
 _turn = jax.custom_vjp(_turned)
-# Back is to turn the other way. What JAX derives writes the products with sin in order to reverse them.
+# Back is to turn the other way. docs/xla-notes.md: halves-of-a-rotation
 _turn.defvjp(
     lambda pairs, cos, sin: (_turn(pairs, cos, sin), (cos, sin)),
     lambda tables, cotangent: (_turn(cotangent, tables[0], -tables[1]), None, None),

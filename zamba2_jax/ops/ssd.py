@@ -88,12 +88,8 @@ def ssd_step(
     *,
     state: Float[Array, "b h p n"],
 ) -> tuple[Float[Array, "b h p"], Float[Array, "b h p n"]]:
-    """One token of `ssd`: its y, and the state after it.
-
-    B and C are repeated for every head: next to the state they are small, and it is what lets the TPU compiler read
-    and write the state once, in one fusion. Divided into groups it moves the state five times. A CPU reads it after it
-    was written, and faster as one matrix per group.
-    """
+    """One token of `ssd`: its y, and the state after it."""
+    # docs/xla-notes.md: one-read-of-the-state
     wide, (b, h, p, n) = state.dtype, state.shape
     dt, B, C = dt.astype(wide), B.astype(wide), C.astype(wide)
     r = h // B.shape[1]
@@ -118,7 +114,7 @@ def default_implementation(dtype: DTypeLike) -> Implementation:
 
 
 def _pallas_gpu(*arguments: Any) -> tuple[Array, Array]:
-    # Here, as JAX has announced to drop what these kernels are written with: no one else's import should fail then.
+    # docs/xla-notes.md: pallas-through-triton
     from zamba2_jax.ops.ssd_pallas_gpu import ssd_pallas_gpu
 
     return ssd_pallas_gpu(*arguments)

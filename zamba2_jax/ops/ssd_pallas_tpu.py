@@ -272,11 +272,8 @@ def tiled_ssd(
 
 
 def _reshape_state(s: Sizes, state: Array, *shape: int) -> Array:
-    """A state with its channels folded, or unfolded.
-
-    In two steps: v5p keeps 80 or 112 heads in the lanes, and in one step XLA would first make a copy that has n there,
-    padded, and then a second one.
-    """
+    """A state with its channels folded, or unfolded."""
+    # docs/xla-notes.md: folded-states-on-v5p
     return jax.lax.optimization_barrier(state.reshape(s.b, s.h, *s.folded(s.p))).reshape(shape)
 
 

@@ -7,7 +7,7 @@ associative scan.
 
 Letters as in `typing`, and e for all channels of a group, r * p. A state is held as [b, g, n, e]: its
 products with B and with C are single ones for all heads of a group. Products are spelt so that each operand lies in
-memory as it is used, but for swaps of whole rows p: XLA would rather transpose while it computes.
+memory as it is used, but for swaps of whole rows p (docs/xla-notes.md: operands-as-they-lie).
 """
 
 from collections.abc import Sequence
@@ -112,7 +112,7 @@ def _forward(x, dt, log_decay, B, C, D, initial_state, chunk_size, window):
             y_now += D_of_head * tokens.x
         return (now.end, _put(y, y_now, i)), state
 
-    # Results begin as the inputs in whose place every number is written: zeros of all layers XLA would make at once.
+    # Results begin as the inputs in whose place every number is written. docs/xla-notes.md: loops-hold-their-results
     first = _state_by_groups(state, g), arrays[0]
     (end, y), states = jax.lax.scan(step, first, jnp.arange(-(-t // (chunk_size * window))))
     results = y[:, :t], _state_by_heads(end, p)
@@ -224,10 +224,8 @@ def _product(a: Array, b: Array, axes: tuple[int, int] = (-1, -2), precision: st
 def _sums(
     which: Bool[Array, "l s"], array: Float[Array, "*rest s r"], swapped: bool = False
 ) -> Float[Array, "*rest _ _"]:
-    """For every l the sum over those s, [l, r]; `swapped` gives [r, l].
-
-    Products, as in `sum_over`; and on CPU XLA does not vectorise what it fuses a slice of a loop's input into.
-    """
+    """For every l the sum over those s, [l, r]; `swapped` gives [r, l]."""
+    # docs/xla-notes.md: slices-in-loops, sums-on-cpu
     ones = jnp.broadcast_to(which.astype(array.dtype), (*array.shape[:-2], *which.shape))
     return _product(array, ones, (-2, -1), "highest") if swapped else _product(ones, array, precision="highest")
 
@@ -247,10 +245,8 @@ def _tokens(arrays: Sequence[Float[Array, "b t ..."]], i: Array, chunk_size: int
 def _take(
     array: Float[Array, "b t a *rest"], i: Array, g: int, chunk_size: int, window: int
 ) -> Float[Array, "b c g s r *rest"]:
-    """Window i, with what differs from head to head by groups, at least float32.
-
-    Cut where it is used: of inputs stacked by windows, and of results, XLA would make copies.
-    """
+    """Window i, with what differs from head to head by groups, at least float32."""
+    # docs/xla-notes.md: loops-hold-their-results
     b, _, a, *rest = array.shape
     cut = jax.lax.dynamic_slice_in_dim(array, i * chunk_size * window, chunk_size * window, axis=1)
     return cut.reshape(b, window, chunk_size, g, a // g, *rest).swapaxes(2, 3).astype(at_least_fp32(array.dtype))

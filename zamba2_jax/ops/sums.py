@@ -7,10 +7,8 @@ from zamba2_jax.typing import Array
 
 
 def sum_over(array: Array, axis: int) -> Array:
-    """The sum over one axis, which goes.
-
-    On CPU a product with ones: XLA's reduction of a product of two arrays takes up to ten times as long there.
-    """
+    """The sum over one axis, which goes."""
+    # docs/xla-notes.md: sums-on-cpu
     if platform() != "cpu":
         return jnp.sum(array, axis)
     return jnp.tensordot(array, jnp.ones(array.shape[axis], array.dtype), (axis, 0), precision="highest")

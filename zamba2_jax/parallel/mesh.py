@@ -144,11 +144,8 @@ def constrain_parameters(tree: Tree) -> Tree:
 
 
 def gather_parameters(tree: Tree) -> Tree:
-    """Every parameter in a pytree made whole along `fsdp`, for use; gradients are where `constrain_parameters` says.
-
-    Left to itself, the TPU compiler takes a product with a divided weight by steps as the parts come in, and reads and
-    writes the whole result at each step.
-    """
+    """Every parameter in a pytree made whole along `fsdp`, for use; gradients are where `constrain_parameters` says."""
+    # docs/xla-notes.md: gathered-weights
     return _map_parameters(lambda array, parameter: _gather(array, parameter.axes), tree)
 
 
@@ -159,7 +156,7 @@ def _gather(array: Array, axes: Axes) -> Array:
 
 _gather.defvjp(
     lambda array, axes: (_gather(array, axes), None),
-    # Whole at first: the product that makes it would be taken by steps too.
+    # Whole at first. docs/xla-notes.md: gathered-weights
     lambda axes, _, cotangent: (constrain(_gather(cotangent, axes), *axes),),
 )
 
@@ -193,7 +190,7 @@ def per_device(
 ) -> Callable[..., Result]:
     """A function that every device runs on its own part of the arrays.
 
-    Kernels have to be called this way: the compiler cannot divide them.
+    Kernels have to be called this way (docs/xla-notes.md: rows-alone).
 
     Args:
         function: of arrays, or None in the place of any.
@@ -227,8 +224,8 @@ def row_shares() -> int:
 def summed_over_rows(function: Callable[..., Result]) -> Callable[..., Result]:
     """A sum over rows of a batch, of which every device computes its rows' share, as if it were the only device.
 
-    On a mesh of `data` alone; elsewhere the function as it is. This is faster than to let the compiler divide it: what
-    is summed crosses the network once, whatever loops are in the function, and nothing in it depends on the mesh.
+    On a mesh of `data` alone; elsewhere the function as it is. What is summed crosses the network once, whatever loops
+    are in the function (docs/xla-notes.md: rows-alone).
 
     Args:
         function: of a model, a batch with the rows in front, and a number.

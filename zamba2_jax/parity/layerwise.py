@@ -47,8 +47,7 @@ STATES = ("conv_x_state", "conv_bc_state", "ssm_state")
 _SEE_STATES = Tap(select=lambda name: name.rsplit(".", 1)[-1] in STATES)
 
 IN_LITTLE_MEMORY: dict[str, str | bool] = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
-"""Has XLA order operations by the memory they hold. On CPU it orders them by when they can start, and would hold all
-matrices of a layer in float64 at once: 3.5 GB in a hybrid layer of 7B, in place of 0.5."""
+"""Has XLA order operations by the memory they hold. docs/xla-notes.md: memory-ordered-schedule"""
 
 
 class Parts(struct.PyTreeNode):

@@ -45,8 +45,9 @@ def stored(x: Float[Array, "..."], like: Float[Array, "..."], leaf: Leaf, step: 
 def _bits(seeds: Int[Array, "..."], shape: tuple[int, ...]) -> Int[Array, "..."]:
     """16 bits for each number in arrays of one shape, by a hash of its place and the seed of its array.
 
-    The hash is lowbias32 (https://github.com/skeeto/hash-prospector). `jax.random.bits` takes 20 times as long on CPUs.
+    The hash is lowbias32 (https://github.com/skeeto/hash-prospector).
     """
+    # docs/xla-notes.md: random-bits-on-cpu
     places = [jax.lax.broadcasted_iota(jnp.uint32, (1, *shape), axis + 1) for axis in range(len(shape))]
     index = sum(place * jnp.uint32(math.prod(shape[axis + 1 :])) for axis, place in enumerate(places))
     word = (index * jnp.uint32(0x9E3779B9)) ^ seeds

@@ -1,8 +1,7 @@
 """The small parameters of a model stacked up by name, for what is done to each parameter alike.
 
-An optimizer is some twenty operations on every parameter, of which 7B has 1,212: half of what the TPU compiler has to
-do for a training step. Of these 734 are vectors and taps of convolutions, which cost nothing to stack; the larger
-matrices would have to be copied.
+A step on fewer arrays compiles faster on a TPU (docs/xla-notes.md: stacked-parameters). Of the 1,212 parameters of 7B,
+734 are vectors and taps of convolutions, which cost nothing to stack; the larger matrices would have to be copied.
 """
 
 import dataclasses

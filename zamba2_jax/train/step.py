@@ -41,7 +41,7 @@ from zamba2_jax.typing import Array, Bool, Float, Int, at_least_fp32
 SCANNED_FROM = 12
 """Layers from which on they run by a scan unless told: below, unrolled layers compile in seconds and run faster.
 
-Not on a GPU, where XLA copies weights and what is kept for the backward pass into and out of what is stacked.
+Not on a GPU (docs/xla-notes.md: layers-one-by-one-on-gpu).
 """
 
 
@@ -210,10 +210,10 @@ def train_step(
             stacks, old = stacking.stack((gradient, before))
             return group_sizes(stacks, old[0], advance(stacks, old)[0])
 
-        # Before the update that takes over the memory of the old state.
+        # docs/xla-notes.md: update-after-health
         gradient, sizes = jax.lax.optimization_barrier((gradient, when(measured, of_groups, gradient)))
         health = jax.tree.map(lambda array: constrain(array, *[None] * array.ndim), Health(calls, *sizes))
-    if platform() == "tpu":
+    if platform() == "tpu":  # docs/xla-notes.md: stacked-parameters
         model, opt_state = stacking.split(advance(*stacking.stack((gradient, before))))
     else:
         model, opt_state = advance(gradient, before)
@@ -435,7 +435,7 @@ def _edits_only(tap: Tap) -> Tap:
 
 
 def _return_freed_memory() -> None:
-    """Has glibc's malloc give back what is free: it keeps what the compiler had, half a GB for 12 M parameters."""
+    """Has glibc's malloc give back what is free (docs/xla-notes.md: freed-memory)."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -1,22 +1,18 @@
 """How far does the time-step clamp of transformers move the logits, and does its cached decode agree with its pass?
 
-The released models were trained without a clamp. transformers 5 clamps dt to `time_step_min` in a full pass and not in
-a cached step. This takes a small random model whose time steps are often below 0.001, as trained ones' are, and prints
-the largest difference of the logits between the ways to run it.
-
-    python experiments/dt_clamp.py
+`python experiments/dt_clamp/run.py` prints what README.md beside this file asks for.
 """
 
 import argparse
 import tempfile
 from pathlib import Path
 
-import jax
 import numpy as np
 import torch
 import transformers
 
 from zamba2_jax import decode_step, prefill, save_hf
+from zamba2_jax.models.base import LanguageModel
 from zamba2_jax.parity.case import VARIANTS
 from zamba2_jax.parity.ours import random_model
 
@@ -38,7 +34,7 @@ def transformers_logits(directory: Path, tokens: np.ndarray, time_step_min: floa
     return whole.numpy(), torch.stack(steps, 1).numpy()
 
 
-def our_logits(model: jax.Array, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def our_logits(model: LanguageModel, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The same two ways, here."""
     logits, cache = prefill(model, tokens[:, :PROMPT], capacity=LENGTH)
     steps = [logits]

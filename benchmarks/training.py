@@ -1,6 +1,6 @@
 """How fast does a training step run on this machine's CPU, and in how much memory, beside transformers?
 
-    python benchmarks/bench_training.py
+    python benchmarks/training.py
 
 Needs the `parity` extra. One model of 12 M parameters with every part of Zamba2, from the same weights, on the same
 batches of the embedded prose, float32: forward, backward, clipping by global norm, AdamW with the same decay mask. Each
@@ -9,38 +9,31 @@ as the steps of a run follow each other. The first of a turn is not timed: while
 back the memory that a process has freed. Ours runs three times: a batch at once; in four microbatches, which gives the
 same step in less memory; and on two devices, which are one core each, with half of the rows. transformers runs at the
 chunk size its scan is fastest with, its clamp of dt set to next to nothing, torch with its fused AdamW. The losses of
-the first 50 steps are compared, the last 25 are timed. Prints a table and writes bench_training.json beside this file.
+the first 50 steps are compared, the last 25 are timed. Prints a table and writes training.json beside this file.
 """
 
-import argparse
-import os
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Read when a process starts, so by the contenders: malloc asks for large pages, which both sides gain by.
-os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from contender import Answer, Contender
+from common import Answer, Contender, machine, option_parser, save_results, use_cpu, use_large_pages
 from flax import nnx
-from zamba2_jax.train.flops import forward_flops
 
-from zamba2_jax import Zamba2, Zamba2Config, load_hf, save_hf
+from zamba2_jax import Zamba2Config, init_model, load_hf, save_hf
 from zamba2_jax.data.batches import Batch
 from zamba2_jax.data.corpus import tokenize_embedded_corpus
-from zamba2_jax.files import write_json
+from zamba2_jax.models.flops import forward_flops
 from zamba2_jax.parallel.hosts import place
 from zamba2_jax.parallel.mesh import make_mesh
 from zamba2_jax.train.optimizer import AdamW
 from zamba2_jax.train.step import StepConfig, compile_train_step, init_state
 
-RESULTS = Path(__file__).with_suffix(".json")
 CONFIG = Zamba2Config(
     vocab_size=4096,
     hidden_size=320,
@@ -141,7 +134,7 @@ def product_seconds() -> float:
             jax.block_until_ready(product(a, b))
             best = max(best, 2 * tokens * width * outputs / (time.perf_counter() - start))
     flops = forward_flops(CONFIG, LENGTH)
-    return 3 * tokens * (flops.weights + flops.ends) / best
+    return 3 * tokens * (flops.total - flops.mixing) / best
 
 
 def compare(directory: Path) -> dict[str, list[Answer]]:
@@ -175,14 +168,20 @@ def seconds(answers: list[Answer]) -> float:
 
 def main() -> None:
     """Prints the table and writes the numbers."""
-    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
-    model = Zamba2(CONFIG, rngs=nnx.Rngs(0))
+    option_parser(__doc__).parse_args()
+    use_cpu()
+    use_large_pages()
+    model = init_model(CONFIG, rngs=nnx.Rngs(0))
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary) / "model"
         save_hf(model, directory)
         sides = compare(directory)
     products = product_seconds()
-    results = {"parameters": sum(leaf.size for leaf in jax.tree.leaves(model)), "seconds of the products": products}
+    results: dict[str, Any] = {
+        "measured on": machine("torch", "transformers"),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(model)),
+        "seconds of the products": products,
+    }
     losses = {name: np.array([answer.value for answer in answers[:COMPARED]]) for name, answers in sides.items()}
     times = {name: seconds(answers[-TIMED:]) for name, answers in sides.items()}
     peaks = {name: max(answer.memory for answer in answers) for name, answers in sides.items()}
@@ -199,7 +198,7 @@ def main() -> None:
             "largest difference of the losses": difference,
         }
     print(f"the products alone: {products:.3f} s")
-    write_json(RESULTS, results)
+    save_results(__file__, results)
 
 
 if __name__ == "__main__":

@@ -1,40 +1,38 @@
 """How fast does a model of the 1.2B shape write on this machine's CPU, beside transformers?
 
-    python benchmarks/bench_generation.py                        # everything, some forty minutes
-    python benchmarks/bench_generation.py first batch            # any of: first, batch, memory, machine
-    python benchmarks/bench_generation.py memory float32         # in float32, or in bfloat16, alone
+    python benchmarks/generation.py                        # everything, some forty minutes
+    python benchmarks/generation.py first batch            # any of: first, batch, memory, machine
+    python benchmarks/generation.py memory float32         # in float32, or in bfloat16, alone
 
 Needs the `parity` extra and 16 GB. Random weights, greedy, both sides through their `generate` with a cache,
 transformers at the chunk size its scan is fastest with, in float32 and bfloat16. Each contender is a process of its own
 with its model; the two of a dtype work in turns, so that a busy machine slows both. Prints tables and writes
-bench_generation.json beside this file.
+generation.json beside this file.
 """
 
-import json
-import os
-import statistics
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
-
-from zamba2_jax import preset
-
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from contender import Contender
+from common import (
+    Contender,
+    load_results,
+    machine,
+    median_seconds,
+    medians,
+    save_results,
+    use_cpu,
+    weight_bytes,
+)
 from flax import nnx
-from generation_gpu import weight_bytes
 
-from zamba2_jax import Zamba2, decode_step, generate, prefill
-from zamba2_jax.files import write_json
+from zamba2_jax import decode_step, generate, init_model, prefill, preset
 from zamba2_jax.parity.ours import random_model
 
-RESULTS = Path(__file__).with_suffix(".json")
 PRESET = "zamba2-1.2b"
 PROMPTS = (128, 512)
 BATCHES = (1, 2, 4, 8, 16)
@@ -88,7 +86,7 @@ def task_runner(contender: str) -> Callable[[int, int, int], None]:
     write = ours(dtype) if side == "ours" else theirs(dtype)
 
     def run(b: int, t: int, new: int) -> None:
-        write(np.random.default_rng(0).integers(3, 32000, (b, t)), new)
+        write(np.random.default_rng(0).integers(3, preset(PRESET).vocab_size, (b, t)), new)
 
     return run
 
@@ -125,50 +123,35 @@ def memory(pair: Pair) -> dict[str, list[float]]:
 
 def context() -> dict[str, float]:
     """Milliseconds of a step of zamba2-nano after many tokens and after few."""
-    model, result = Zamba2(preset("zamba2-nano"), rngs=nnx.Rngs(0)), {}
+    model, result = init_model(preset("zamba2-nano"), rngs=nnx.Rngs(0)), {}
     for t in (1024, 16384):
         _, cache = prefill(model, jnp.ones((1, t), jnp.int32), capacity=t + 64)
-        times = []
-        for _ in range(41):
-            start = time.perf_counter()
-            logits, cache = decode_step(model, jnp.ones(1, jnp.int32), cache)
-            jax.block_until_ready(logits)
-            times.append(1e3 * (time.perf_counter() - start))
-        result[f"zamba2-nano, a step after {t} tokens: ms"] = statistics.median(times[1:])
+        step = partial(decode_step, model, jnp.ones(1, jnp.int32), cache)
+        result[f"zamba2-nano, a step after {t} tokens: ms"] = 1e3 * median_seconds(step, rounds=40)
     return result
 
 
 def limit() -> dict[str, float]:
-    """How near one row in float32 comes to what its weights allow at the speed of the memory, measured in turns."""
+    """How near one row in float32 comes to what its weights allow at the speed of the memory.
+
+    That is by the product of a vector and a matrix of 1 GiB, in turns with the rest.
+    """
     run, prompts = ours("float32"), np.arange(3, 35)[None]
     once, every_call = weight_bytes(preset(PRESET), "float32")
-    rates, speeds = [], []
-    for _ in range(4 * ROUNDS + 1):
-        times = []
-        for new in (1, 1 + NEW_TOKENS):
-            start = time.perf_counter()
-            run(prompts, new)
-            times.append(time.perf_counter() - start)
-        rates.append(NEW_TOKENS / (times[1] - times[0]))
-        speeds.append(bandwidth())
-    rate, speed = statistics.median(rates[1:]), statistics.median(speeds[1:])
+    matrix, vector = jnp.ones((2**14, 2**14), jnp.float32), jnp.ones(2**14, jnp.float32)
+    calls = {
+        "first": partial(run, prompts, 1),
+        "all": partial(run, prompts, 1 + NEW_TOKENS),
+        "read": partial(jax.jit(jnp.dot), vector, matrix),
+    }
+    found = medians(calls, 4 * ROUNDS)
+    rate, speed = NEW_TOKENS / (found["all"] - found["first"]), matrix.nbytes / found["read"]
     return {
         "memory: GB per second": speed / 1e9,
         "one row: tokens per second": rate,
         "one row: of what the weights allow, the shared blocks read at every call": rate * every_call / speed,
         "one row: of what they allow, each read once": rate * once / speed,
     }
-
-
-def bandwidth() -> float:
-    """Bytes per second that matrix-vector products read, the median of some over 1 GiB."""
-    matrix, vector = jnp.ones((2**14, 2**14), jnp.float32), jnp.ones(2**14, jnp.float32)
-    product, times = jax.jit(jnp.dot), []
-    for _ in range(12):
-        start = time.perf_counter()
-        jax.block_until_ready(product(vector, matrix))
-        times.append(time.perf_counter() - start)
-    return matrix.nbytes / statistics.median(times[1:])
 
 
 def show(results: dict[str, dict[str, float]]) -> None:
@@ -188,14 +171,16 @@ def main() -> None:
         sys.exit(f"{', '.join(sorted(unknown))}: expected any of {', '.join(words)}")
     asked = [dtype for dtype in DTYPES if dtype in sys.argv[1:]] or DTYPES
     chosen = [word for word in sys.argv[1:] if word not in DTYPES] or [*tasks, "machine"]
-    results: dict[str, dict[str, float]] = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    use_cpu()
+    results: dict[str, dict[str, Any]] = load_results(__file__)
+    results["measured on"] = machine("torch", "transformers")
     for dtype in asked if set(chosen) != {"machine"} else ():
         pair = Contender(f"ours {dtype}", task_runner), Contender(f"transformers {dtype}", task_runner)
         for task in filter(tasks.__contains__, chosen):
             for key, values in tasks[task](pair).items():
                 for contender, value in zip(pair, values, strict=True):
                     results.setdefault(contender.name, {})[key] = value
-            write_json(RESULTS, results)
+            save_results(__file__, results)
         for contender in pair:
             contender.close()
         print(dtype, "is done", file=sys.stderr, flush=True)
@@ -204,7 +189,7 @@ def main() -> None:
         for key, value in (context() | limit()).items():
             print(f"{key}: {value:.2f}")
             results.setdefault("machine", {})[key] = value
-        write_json(RESULTS, results)
+        save_results(__file__, results)
 
 
 if __name__ == "__main__":
