@@ -16,12 +16,12 @@ from flax import nnx
 
 import zamba2_jax
 from zamba2_jax import Zamba2, load_hf, load_tokenizer, preset, save_hf
-from zamba2_jax.cli.demo import INIT_SCALE, optimizer
 from zamba2_jax.data.synthetic import Copying, Synthetic, open_synthetic
 from zamba2_jax.text.tokenizer import Tokenizer
 from zamba2_jax.text.vocabulary import save_tokenizer, train_tokenizer
 from zamba2_jax.train.loop import make_stages, train
 from zamba2_jax.train.patterns import scale_matrices
+from zamba2_jax.train.recipe import INIT_SCALE, optimizer
 from zamba2_jax.train.schedule import Phase, learning_rate
 from zamba2_jax.train.step import compile_train_step, init_state
 

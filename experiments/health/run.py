@@ -19,15 +19,17 @@ from flax import nnx
 from matplotlib.figure import Figure
 
 from zamba2_jax import Zamba2, Zamba2Config, capture, preset
-from zamba2_jax.cli.demo import INIT_SCALE, SILENCED, Demo
+from zamba2_jax.cli.demo import SILENCED
 from zamba2_jax.data.batches import Batch, held_out
 from zamba2_jax.data.corpus import TokenizedCorpus, tokenize_embedded_corpus
 from zamba2_jax.data.synthetic import Copying, open_synthetic
 from zamba2_jax.evaluate import necessity
+from zamba2_jax.train import recipe
 from zamba2_jax.train.loop import make_stages, train
 from zamba2_jax.train.metrics import HEALTHY_RATIOS, HealthRecord, Record
 from zamba2_jax.train.optimizer import AdamW, Muon, Optimizer, ParameterGroup
 from zamba2_jax.train.patterns import scale_matrices
+from zamba2_jax.train.recipe import INIT_SCALE
 from zamba2_jax.train.schedule import Phase, learning_rate
 from zamba2_jax.train.step import TrainState, compile_train_step, init_state
 
@@ -163,7 +165,7 @@ def recipe_run(
     copying, *text = steps
     # Without the curriculum the same rows of copying are spread over the whole run.
     share = 0.05 if variant.curriculum else (copying + 0.05 * sum(text)) / sum(steps)
-    phases = Demo(steps=steps, copying=share, learning_rate=variant.rate).phases()
+    phases = recipe.phases(steps, copying=share)
     if not variant.curriculum:
         phases[0] = dataclasses.replace(phases[0], shares=phases[1].shares)
     records, state = _trained(config, corpus, variant, phases, seed, health_every=20 if sum(steps) > 100 else 3)

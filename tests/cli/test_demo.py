@@ -10,9 +10,10 @@ from tokenizers import Tokenizer
 from tests.helpers import SMALL
 from zamba2_jax.checkpoint.hf import load_hf
 from zamba2_jax.checkpoint.store import restore_state
-from zamba2_jax.cli.demo import OUTPUTS, SILENCED, Demo, optimizer, prepare_output
+from zamba2_jax.cli.demo import OUTPUTS, SILENCED, Demo, prepare_output
 from zamba2_jax.cli.main import COMMANDS, main
 from zamba2_jax.models.zamba2.presets import PRESETS
+from zamba2_jax.train.recipe import optimizer
 from zamba2_jax.train.step import init_state
 
 

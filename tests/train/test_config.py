@@ -8,8 +8,8 @@ import pytest
 
 from tests.train.runs import ARCHITECTURE, table
 from zamba2_jax import preset
-from zamba2_jax.cli.demo import INIT_SCALE, Demo, optimizer
 from zamba2_jax.data.synthetic import Recall
+from zamba2_jax.train import recipe
 from zamba2_jax.train.config import RunConfig, differences, from_table, load_config
 from zamba2_jax.train.optimizer import Muon, ParameterGroup
 
@@ -41,10 +41,10 @@ def test_the_example_says_the_defaults_and_can_be_overridden():
 
 
 def test_the_example_is_the_recipe_of_the_demo():
-    config, phases = load_config(EXAMPLE), Demo().phases()
-    assert config.optimizer == optimizer()
-    assert config.init_scale == INIT_SCALE
-    assert config.learning_rate == Demo().learning_rate
+    config, phases = load_config(EXAMPLE), recipe.phases()
+    assert config.optimizer == recipe.optimizer()
+    assert config.init_scale == recipe.INIT_SCALE
+    assert config.learning_rate == recipe.LEARNING_RATE
     assert [dataclasses.replace(phase, shares={"": 1.0}) for phase in config.phases] == [
         dataclasses.replace(phase, shares={"": 1.0}) for phase in phases
     ]

@@ -19,6 +19,7 @@ from zamba2_jax.choices import Decay
 from zamba2_jax.cli.several import Several, values
 from zamba2_jax.files import write_atomically, write_json
 from zamba2_jax.models.registry import init_model, preset
+from zamba2_jax.train import recipe
 
 if TYPE_CHECKING:
     from zamba2_jax.data.batches import Source
@@ -27,8 +28,6 @@ if TYPE_CHECKING:
     from zamba2_jax.models.base import LanguageModel
     from zamba2_jax.text.tokenizer import Tokenizer
     from zamba2_jax.train.metrics import Record
-    from zamba2_jax.train.optimizer import Optimizer
-    from zamba2_jax.train.schedule import Phase
     from zamba2_jax.train.step import TrainState
 
 MARKER = "demo.json"
@@ -44,16 +43,6 @@ OUTPUTS = (
     "summary.json",
 )
 """All that the demo writes; the marker, with the settings, first."""
-
-INIT_SCALE = {
-    "embed": 3.0,
-    "layers.*.mamba.out": 0.3,
-    "shared.*.attention.o": 1.5,
-    "shared.*.mlp.*": 1.5,
-    "calls.*.linear": 1.5,
-}
-"""Factors of the initial matrices. The embedding is then not small beside what the mixers add to the stream, so that
-attention sees the token it stands at, and the shared blocks' output is not small beside the stream from the start."""
 
 SILENCED = {
     "all.attention": "attention uniform",
@@ -83,19 +72,19 @@ class Demo:
     """Directory to write to: new, empty, or of an earlier demo, which is replaced."""
     seed: int = 0
     """Seed of the weights, the order of the data and the sampling."""
-    steps: tuple[int, int, int] = (240, 240, 840)
+    steps: tuple[int, int, int] = recipe.STEPS
     """Training steps of copying, of pretraining and of annealing."""
     batch: int = 4
     """Rows per step."""
     seq: int = 128
     """Tokens per row."""
-    learning_rate: float = 1e-2
+    learning_rate: float = recipe.LEARNING_RATE
     """Peak of the learning rate in the first phases; annealing warms up to three quarters of it."""
-    decay: Decay = "linear"
+    decay: Decay = recipe.DECAY
     """How the learning rate falls in annealing."""
-    replay: float = 0.3
+    replay: float = recipe.REPLAY
     """Share of code in annealing."""
-    copying: float = 0.05
+    copying: float = recipe.COPYING
     """Share of copying in pretraining and annealing."""
     preset: str = "zamba2-nano"
     """Architecture, by name."""
@@ -131,8 +120,9 @@ class Demo:
 
         begin = time.perf_counter()
         self._check()
-        config, phases = preset(self.preset), self.phases()
-        schedule, muon = learning_rate(phases, self.learning_rate), optimizer().transformation()
+        config = preset(self.preset)
+        phases = recipe.phases(self.steps, decay=self.decay, replay=self.replay, copying=self.copying)
+        schedule, muon = learning_rate(phases, self.learning_rate), recipe.optimizer().transformation()
         prepare_output(self.output, dataclasses.asdict(self) | {"output": str(self.output), "prompts": self._prompts})
 
         console = Console(highlight=False)
@@ -153,7 +143,7 @@ class Demo:
         }
         batches = {name: held_out(text, batch_size=4 * self.batch, length=self.seq) for name, text in texts.items()}
 
-        model = scale_matrices(init_model(config, rngs=nnx.Rngs(self.seed)), INIT_SCALE)
+        model = scale_matrices(init_model(config, rngs=nnx.Rngs(self.seed)), recipe.INIT_SCALE)
         size = sum(parameter.size for parameter in jax.tree.leaves(model))
         console.print(f"Compiling {self.preset}, {size / 1e6:.1f} M parameters")
         state = init_state(model, muon)
@@ -207,44 +197,6 @@ class Demo:
                 raise ValueError(f"--{field.replace('_', '-')} is {getattr(self, field)!r}: expected {rule}")
         if "" in self._prompts:
             raise ValueError("--prompts holds an empty one: expected text")
-
-    def phases(self) -> list[Phase]:
-        """What is trained on, and at which rates."""
-        from zamba2_jax.train.schedule import Phase
-
-        copying, pretraining, annealing = self.steps
-        text = 1 - self.copying
-        return [
-            Phase(
-                name="copying",
-                steps=copying,
-                shares={"copying": 1.0},
-                warmup_steps=copying // 10,
-                decay="linear",
-                final_fraction=0.5,
-            ),
-            Phase(
-                name="pretraining",
-                steps=pretraining,
-                shares={"code": text, "copying": self.copying},
-                peak_fraction=0.5,
-                decay="cosine",
-                final_fraction=0.2,
-            ),
-            Phase(
-                name="annealing",
-                steps=annealing,
-                shares={
-                    "prose": text * (1 - self.replay),
-                    "code": text * self.replay,
-                    "copying": self.copying,
-                },
-                warmup_steps=annealing // 20,
-                peak_fraction=0.75,
-                decay=self.decay,
-                final_fraction=0.01,
-            ),
-        ]
 
     def _write(self, model: LanguageModel, tokenizer: Tokenizer, console: Console) -> None:
         """Continues the prompts, on the terminal and in samples.txt."""
@@ -372,13 +324,6 @@ def summarize(
     )
     console.print(f"{trained:,} tokens at {trained / training:,.0f} tokens/s; {seconds:.0f} s in all")
     console.print(f"Written to {directory}: {', '.join(OUTPUTS)}", soft_wrap=True)
-
-
-def optimizer() -> Optimizer:
-    """Muon, slower on all that a shared block's output is made by: see experiments/health."""
-    from zamba2_jax.train.optimizer import Muon, ParameterGroup
-
-    return Muon(groups=(ParameterGroup(match="shared.*", rate=0.4), ParameterGroup(match="calls.*", rate=0.4)))
 
 
 def _is_output(name: str) -> bool:

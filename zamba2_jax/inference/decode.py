@@ -35,7 +35,7 @@ def prefill(
         cache: where the rows stand; empty by default. Pass a prompt in pieces by passing the cache along.
         capacity: tokens each row can hold, only for a new cache; `config.max_position_embeddings`, or t if that is
             more, by default.
-        tap: its edits change what flows inside; see `interpret.edits_tap`.
+        tap: its edits change what flows inside; see `interpret.taps.edits_tap`.
 
     Returns:
         Logits after the last real token of each row, and the cache with the tokens. In a row that has outgrown its
@@ -86,7 +86,7 @@ def decode_step(
     """Logits after one more token in every row, and the cache with it.
 
     In a row that has outgrown its cache the logits are NaN. The edits of `tap` change what flows inside; see
-    `interpret.edits_tap`.
+    `interpret.taps.edits_tap`.
     """
     logits, cache = model.step(token, cache, tap=tap)
     return _nan_where_full(logits, cache), cache

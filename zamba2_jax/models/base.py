@@ -124,7 +124,7 @@ class LanguageModel(nnx.Module):
                 logits are those it has alone in its row.
             positions: for the rotary embedding; counted from 0 in each document by default.
             inputs_embeds: in place of tokens, what they are embedded as.
-            tap: may change every named value inside; see `nn.tap`, and `interpret.capture` to see them.
+            tap: may change every named value inside; see `nn.tap`, and `interpret.taps.capture` to see them.
             backend: how ops are computed; `default_backend` by default.
 
         Raises:

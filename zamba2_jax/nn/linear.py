@@ -36,7 +36,7 @@ class LowRankSum(nnx.Module):
         scale: of the term; no parameter.
     """
 
-    def __init__(self, base: nnx.Param | Matrix, a: nnx.Param, b: nnx.Param, scale: float):
+    def __init__(self, base: nnx.Param[Array] | Matrix, a: nnx.Param[Array], b: nnx.Param[Array], scale: float):
         """The sum.
 
         Raises:
@@ -61,8 +61,8 @@ class LowRankSum(nnx.Module):
 
 def linear(
     x: Float[Array, "*batch i"],
-    w: nnx.Param | Matrix,
-    bias: nnx.Param | None = None,
+    w: nnx.Param[Array] | Matrix,
+    bias: nnx.Param[Array] | None = None,
     *,
     backend: Backend,
     dtype: DTypeLike | None = None,

@@ -12,7 +12,7 @@ from jax.nn.initializers import ones, zeros
 
 from zamba2_jax.nn.config import Mamba2Config
 from zamba2_jax.parallel.mesh import Axes, constrain
-from zamba2_jax.typing import DTypeLike, param_dtype
+from zamba2_jax.typing import Array, DTypeLike, param_dtype
 
 
 class KeyStream:
@@ -36,7 +36,7 @@ Initializer = Callable[[jax.Array, Sequence[int], DTypeLike], jax.Array]
 normal: Callable[[float], Initializer] = functools.cache(initializers.normal)
 
 
-def param(rngs: Rngs, init: Initializer, shape: tuple[int, ...], axes: Axes, dtype: DTypeLike) -> nnx.Param:
+def param(rngs: Rngs, init: Initializer, shape: tuple[int, ...], axes: Axes, dtype: DTypeLike) -> nnx.Param[Array]:
     """A parameter for a model of compute dtype `dtype`; `axes` names its dimensions for `zamba2_jax.parallel.mesh`."""
     return nnx.Param(_begin(rngs.params(), init, shape, axes, param_dtype(len(shape), dtype)), axes=axes)
 
@@ -46,19 +46,19 @@ def _begin(key: jax.Array, init: Initializer, shape: tuple[int, ...], axes: Axes
     return constrain(init(key, shape, dtype), *axes)
 
 
-def norm_scale(rngs: Rngs, size: int, dtype: DTypeLike, axis: str | None = None) -> nnx.Param:
+def norm_scale(rngs: Rngs, size: int, dtype: DTypeLike, axis: str | None = None) -> nnx.Param[Array]:
     """The scale of an RMS norm over `size` channels, 1 at first."""
     return param(rngs, ones, (size,), (axis,), dtype)
 
 
-def bias(rngs: Rngs, size: int, dtype: DTypeLike, axis: str | None = None) -> nnx.Param:
+def bias(rngs: Rngs, size: int, dtype: DTypeLike, axis: str | None = None) -> nnx.Param[Array]:
     """A bias over `size` channels, 0 at first."""
     return param(rngs, zeros, (size,), (axis,), dtype)
 
 
 def optional_bias(
     config: Mamba2Config, rngs: Rngs, size: int, dtype: DTypeLike, axis: str | None = None
-) -> nnx.Param | None:
+) -> nnx.Param[Array] | None:
     """A bias where `config.add_bias_linear` asks for one."""
     return bias(rngs, size, dtype, axis) if config.add_bias_linear else None
 
@@ -81,12 +81,7 @@ def inverse_softplus_log_uniform(low: float, high: float, floor: float) -> Initi
     return init
 
 
-def value(parameter: nnx.Param | None) -> jax.Array | None:
-    """The array of a parameter that a model may lack."""
-    return None if parameter is None else parameter[...]
-
-
-def named_parameters(module: nnx.Module) -> dict[str, nnx.Param]:
+def named_parameters(module: nnx.Module) -> dict[str, nnx.Param[Array]]:
     """Every parameter by its path: `model.layers[3].mamba.in_z` is "layers.3.mamba.in_z"."""
     leaves, _ = jax.tree.flatten_with_path(module, is_leaf=lambda leaf: isinstance(leaf, nnx.Param))
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}

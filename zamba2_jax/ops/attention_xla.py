@@ -65,7 +65,9 @@ def attention_xla(
     return _forward(q, k, v, tags, scale, offset)[0]
 
 
-def _forward(q, k, v, tags, scale, offset):
+def _forward(
+    q: Array, k: Array, v: Array, tags: Array | None, scale: float, offset: Array | None
+) -> tuple[Array, tuple[Any, ...]]:
     keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
 
     def attend(queries: _Queries, seen: int) -> tuple[Array, _Softmax]:
@@ -83,14 +85,14 @@ def _forward(q, k, v, tags, scale, offset):
     return _by_time(out), (q, k, v, tags, offset, softmax)
 
 
-def _backward(scale, residuals, d_out):
+def _backward(scale: float, residuals: tuple[Any, ...], d_out: Array) -> tuple[Array | None, ...]:
     q, k, v, tags, offset, softmax = residuals
     keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
     # Divided by the total here, where it is cheapest, so that the weights need not be; and before axes are swapped.
     d_heads = _by_heads((d_out / _by_time(softmax.total)).astype(q.dtype), k)
     zeros = jnp.zeros(keys.shape, at_least_fp32(k.dtype))
 
-    def attend(sums: tuple[Array, Array], tokens: tuple, seen: int) -> tuple[tuple[Array, Array], Array]:
+    def attend(sums: tuple[Array, Array], tokens: tuple[Any, ...], seen: int) -> tuple[tuple[Array, Array], Array]:
         queries, softmax, d_heads = tokens
         weights = jnp.exp(_scores(queries, keys[:, :, :seen], tags, scale) - softmax.top)
         d_weights = _product(d_heads, values[:, :, :seen], (4, 3))

@@ -1,7 +1,7 @@
 """Causal depthwise convolution over time, whole sequences and one step."""
 
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -64,18 +64,18 @@ def _convolved(
 _convolve = jax.custom_vjp(_convolved, nondiff_argnums=(5,))
 
 
-def _forward(*arguments):
+def _forward(*arguments: Any) -> tuple[Array, tuple[Any, ...]]:
     return _convolved(*arguments), arguments[:-1]
 
 
-def _backward(activation, saved, cotangent):
+def _backward(activation: Activation | None, saved: tuple[Any, ...], cotangent: Array) -> tuple[Array | None, ...]:
     return *compiled_apart(partial(_gradients, activation), saved, cotangent), None
 
 
 _convolve.defvjp(_forward, _backward)
 
 
-def _gradients(activation: Activation | None, saved: tuple, cotangent: Array) -> tuple[Array | None, ...]:
+def _gradients(activation: Activation | None, saved: tuple[Any, ...], cotangent: Array) -> tuple[Array | None, ...]:
     """Cotangents of x, w, bias and the initial state."""
     x, w, bias, initial_state, segment_ids = saved
     taps, d_y = len(w), cotangent.astype(at_least_fp32(x.dtype))

@@ -86,7 +86,9 @@ def _plain_sums(
 _sums = jax.custom_vjp(_plain_sums, nondiff_argnums=(4, 5, 6))
 
 
-def _forward(h, w, targets, weights, z_loss, chunk_size, vocab_axis):
+def _forward(
+    h: Array, w: Array, targets: Array, weights: Array, z_loss: float, chunk_size: int, vocab_axis: str | None
+) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
     differentiated = jax.value_and_grad(_of_chunk, argnums=(0, 1), has_aux=True)
 
     def of_chunk(d_w: Array, chunk: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
@@ -99,7 +101,13 @@ def _forward(h, w, targets, weights, z_loss, chunk_size, vocab_axis):
     return (objectives.sum(), nlls.sum()), (_by_time(d_h, h.shape[1]), d_w, _by_time(terms, h.shape[1]))
 
 
-def _backward(z_loss, chunk_size, vocab_axis, gradients, cotangents):
+def _backward(
+    z_loss: float,
+    chunk_size: int,
+    vocab_axis: str | None,
+    gradients: tuple[Array, ...],
+    cotangents: tuple[Array, Array],
+) -> tuple[Array | None, ...]:
     d_h, d_w, d_weights = ((cotangents[0] * gradient).astype(gradient.dtype) for gradient in gradients)
     return d_h, d_w, None, d_weights
 

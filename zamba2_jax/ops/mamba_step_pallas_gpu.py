@@ -184,7 +184,7 @@ def _project_kernel(
         count = pl.cdiv(len(w_ref), OUTPUTS)
 
         @pl.when((program >= first) & (program < first + count))
-        def _(w_ref=w_ref, to_ref=to_ref, finish=finish, first=first) -> None:
+        def _(w_ref: Ref = w_ref, to_ref: Ref = to_ref, finish: Any = finish, first: int = first) -> None:
             output = (program - first) * OUTPUTS + jnp.arange(OUTPUTS)[:, None]
             real = (row < len(u_ref)) & (output < len(w_ref))
             result = finish(_product(w_ref, u_ref, output), output, real)

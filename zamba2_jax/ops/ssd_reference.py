@@ -8,6 +8,8 @@ Both take the arguments of `ssd`, hold one state per token (`ssd_associative`) o
 run in float64 when given float64.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
@@ -29,7 +31,7 @@ def ssd_sequential(
     """The recurrence as a `lax.scan` over time, one token after the other. Arguments and results as in `ssd`."""
     decay, added, C_of_head, reset, state = _terms(x, dt, A, B, C, initial_state, segment_ids)
 
-    def step(state, inputs):
+    def step(state: Array, inputs: Sequence[Array]) -> tuple[Array, Array]:
         decay, added, C, reset = inputs
         state = jnp.where(reset[:, None, None, None], 0, state) * decay[..., None, None] + added
         return state, jnp.einsum("bhpn,bhn->bhp", state, C, precision="highest")

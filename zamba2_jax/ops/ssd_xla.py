@@ -12,7 +12,7 @@ memory as it is used, but for swaps of whole rows p (docs/xla-notes.md: operands
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +94,17 @@ class _Window(NamedTuple):
     end: Array
 
 
-def _forward(x, dt, log_decay, B, C, D, initial_state, chunk_size, window):
+def _forward(
+    x: Array,
+    dt: Array,
+    log_decay: Array,
+    B: Array,
+    C: Array,
+    D: Array | None,
+    initial_state: Array | None,
+    chunk_size: int,
+    window: int,
+) -> tuple[tuple[Array, Array], tuple[Array | None, ...]]:
     (b, t, h, p), (g, n), wide = x.shape, B.shape[2:], at_least_fp32(x.dtype)
     D_of_head = None if D is None else D.reshape(g, 1, -1, 1)
     arrays = _filled((x, dt, log_decay, B, C), chunk_size * window)
@@ -119,14 +129,16 @@ def _forward(x, dt, log_decay, B, C, D, initial_state, chunk_size, window):
     return results, (x, dt, log_decay, B, C, D, initial_state, states)
 
 
-def _backward(chunk_size, window, residuals, cotangents):
+def _backward(
+    chunk_size: int, window: int, residuals: tuple[Any, ...], cotangents: tuple[Array, Array]
+) -> tuple[Array | None, ...]:
     x, dt, log_decay, B, C, D, initial_state, states = residuals
     (_, t, h, p), g, wide = x.shape, B.shape[2], at_least_fp32(x.dtype)
     D_of_head = None if D is None else D.reshape(g, 1, -1, 1)
     *arrays, d_y = _filled((x, dt, log_decay, B, C, cotangents[0]), chunk_size * window)
     d_end = _state_by_groups(cotangents[1].astype(wide), g)
 
-    def step(carry: tuple[Array, Array, list[Array]], inputs: tuple[Array, Array]) -> tuple[tuple, None]:
+    def step(carry: tuple[Array, Array, list[Array]], inputs: tuple[Array, Array]) -> tuple[Any, None]:
         (d_end, d_D, gradients), (i, state) = carry, inputs
         tokens, d_y_now = _tokens(arrays, i, chunk_size, window), _take(d_y, i, g, chunk_size, window)
         d_start, (d_x, *others) = _window_backward(tokens, _window(tokens, state), d_y_now, d_end)

@@ -8,11 +8,12 @@ values of attention. Differentiable in reverse; for our scans and kernels `jax.s
 import jax
 import jax.numpy as jnp
 
+from zamba2_jax.choices import Implementation
 from zamba2_jax.ops.attention import document_tags
 from zamba2_jax.ops.attention_xla import attention_xla
 from zamba2_jax.ops.conv import Activation, causal_conv1d
 from zamba2_jax.ops.decay import log_decays
-from zamba2_jax.ops.ssd import Implementation, ssd
+from zamba2_jax.ops.ssd import ssd
 from zamba2_jax.ops.ssd_reference import join
 from zamba2_jax.typing import Array, Bool, Float, Int, Shaped, at_least_fp32
 

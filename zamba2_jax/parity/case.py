@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from zamba2_jax.models.registry import preset
+from zamba2_jax.models.tensors import Tensor
 from zamba2_jax.models.zamba2.config import Zamba2Config
-from zamba2_jax.models.zamba2.weights import Tensor
 from zamba2_jax.typing import Float, Int
 
 FIRST_TOKEN = 3

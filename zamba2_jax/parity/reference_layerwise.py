@@ -8,8 +8,8 @@ import transformers
 from torch import nn
 from transformers.models.zamba2 import modeling_zamba2
 
+from zamba2_jax.models.tensors import Tensor
 from zamba2_jax.models.zamba2.config import Zamba2Config
-from zamba2_jax.models.zamba2.weights import Tensor
 from zamba2_jax.nn.config import LayerPlan
 from zamba2_jax.parity.case import Batch
 from zamba2_jax.parity.evidence import Items

@@ -1,0 +1,90 @@
+"""The recipe that `zamba2 demo` trains its model by, the notebooks theirs, and experiments/nano.toml writes out.
+
+Three phases: copying, from which attention learns to look things up; code; and, as the rate falls, prose with some of
+both. experiments/health says what each piece of it is worth. There is no JAX here until it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from zamba2_jax.choices import Decay
+
+if TYPE_CHECKING:
+    from zamba2_jax.train.optimizer import Optimizer
+    from zamba2_jax.train.schedule import Phase
+
+STEPS = (240, 240, 840)
+"""Of copying, of pretraining and of annealing."""
+LEARNING_RATE = 1e-2
+"""Its peak in the first phases; annealing warms up to three quarters of it."""
+DECAY: Decay = "linear"
+"""How it falls in annealing."""
+REPLAY = 0.3
+"""Share of code in annealing."""
+COPYING = 0.05
+"""Share of copying in pretraining and annealing."""
+
+INIT_SCALE = {
+    "embed": 3.0,
+    "layers.*.mamba.out": 0.3,
+    "shared.*.attention.o": 1.5,
+    "shared.*.mlp.*": 1.5,
+    "calls.*.linear": 1.5,
+}
+"""Factors of the initial matrices. The embedding is then not small beside what the mixers add to the stream, so that
+attention sees the token it stands at, and the shared blocks' output is not small beside the stream from the start."""
+
+
+def optimizer() -> Optimizer:
+    """Muon, slower on all that a shared block's output is made by."""
+    from zamba2_jax.train.optimizer import Muon, ParameterGroup
+
+    return Muon(groups=(ParameterGroup(match="shared.*", rate=0.4), ParameterGroup(match="calls.*", rate=0.4)))
+
+
+def phases(
+    steps: Sequence[int] = STEPS, *, decay: Decay = DECAY, replay: float = REPLAY, copying: float = COPYING
+) -> list[Phase]:
+    """What is trained on, and at which rates: sources are "copying", "code" and "prose".
+
+    Args:
+        steps: of the three phases.
+        decay, replay, copying: as `DECAY`, `REPLAY` and `COPYING`.
+    """
+    from zamba2_jax.train.schedule import Phase
+
+    first, pretraining, annealing = steps
+    text = 1 - copying
+    return [
+        Phase(
+            name="copying",
+            steps=first,
+            shares={"copying": 1.0},
+            warmup_steps=first // 10,
+            decay="linear",
+            final_fraction=0.5,
+        ),
+        Phase(
+            name="pretraining",
+            steps=pretraining,
+            shares={"code": text, "copying": copying},
+            peak_fraction=0.5,
+            decay="cosine",
+            final_fraction=0.2,
+        ),
+        Phase(
+            name="annealing",
+            steps=annealing,
+            shares={
+                "prose": text * (1 - replay),
+                "code": text * replay,
+                "copying": copying,
+            },
+            warmup_steps=annealing // 20,
+            peak_fraction=0.75,
+            decay=decay,
+            final_fraction=0.01,
+        ),
+    ]
