@@ -40,6 +40,21 @@ def test_the_example_says_the_defaults_and_can_be_overridden():
     assert config.model.resolve() == preset("zamba2-nano")
 
 
+def test_a_preset_is_overridden_field_by_field(tmp_path):
+    fields = {"num_layers": 3, "hybrid_layer_ids": (1,), "num_shared_blocks": 1}
+    words = ["model.num_layers=3", "model.hybrid_layer_ids=[1]", "model.num_shared_blocks=1"]
+    config = load_config(EXAMPLE, words)
+    assert config.model.resolve() == preset("zamba2-nano", **fields)
+    assert from_table(RunConfig, config.as_dict()).model.resolve() == config.model.resolve()
+    with pytest.raises(ValueError, match="depth is not a field of preset 'zamba2-nano', expected one of hidden_size"):
+        load_config(EXAMPLE, ["model.depth=3"]).model.resolve()
+    with pytest.raises(ValueError, match="model: num_layers is given beside hf: expected a preset"):
+        from_table(RunConfig, table(tmp_path, model={"hf": "somewhere", "num_layers": 3}))
+    other = from_table(RunConfig, table(tmp_path, model={"architecture": {"model_type": "gpt", "hidden_size": 8}}))
+    with pytest.raises(ValueError, match="model_type 'gpt' is unknown, expected one of zamba2"):
+        other.model.resolve()
+
+
 def test_the_example_is_the_recipe_of_the_demo():
     config, phases = load_config(EXAMPLE), recipe.phases()
     assert config.optimizer == recipe.optimizer()

@@ -121,6 +121,15 @@ def groups(config: ModelConfig) -> list[Group]:
     return [Group(range(i, end), config.layer_plan[i].hybrid) for i, end in zip(starts, ends, strict=True)]
 
 
+def are_alike(modules: Sequence[Any]) -> bool:
+    """Whether they have the same parameters, of the same shapes and dtypes, so that a scan can run them."""
+    kinds = {
+        (jax.tree.structure(module), tuple((leaf.shape, jnp.dtype(leaf.dtype)) for leaf in jax.tree.leaves(module)))
+        for module in modules
+    }
+    return len(kinds) == 1
+
+
 def run_layers(
     stack: Stack,
     h: Float[Array, "b t d"],
@@ -146,7 +155,7 @@ def run_layers(
         layers: rows of the layer plan; all by default.
 
     Raises:
-        ValueError: `options.scan` with a tap, or with a cache.
+        ValueError: `options.scan` with a tap, with a cache, or with layers that are not alike.
     """
     plan = stack.config.layer_plan if layers is None else layers
     functions = _Functions(options, row_axes(len(h), cached=cache is not None), observe, keep_states=cache is not None)
@@ -160,6 +169,8 @@ def run_layers(
             raise ValueError("scan=True with a tap: layers have no names in a scan, expected scan=False")
         if cache is not None:
             raise ValueError("scan=True with a cache: expected scan=False")
+        if not are_alike(list(casted.values())):
+            raise ValueError("scan=True: layers have other parameters than each other, expected scan=False")
         return _by_scan(stack, casted, list(projected.values()), h, embedded, context, whether, functions)
 
     states: list[Any] = []

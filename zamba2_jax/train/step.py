@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from zamba2_jax.choices import Implementation, Remat
 from zamba2_jax.data.batches import Batch
 from zamba2_jax.models.base import LanguageModel
-from zamba2_jax.models.layers import LayerOptions, when
+from zamba2_jax.models.layers import LayerOptions, are_alike, when
 from zamba2_jax.models.registry import init_model
 from zamba2_jax.nn.config import ModelConfig
 from zamba2_jax.nn.tap import NO_TAP, Tap
@@ -55,7 +55,7 @@ class StepConfig:
         remat: what the forward pass keeps for the backward one: "none" keeps all, "layer" the input of each layer,
             "matmuls" the results of its matrix products, or their sums, too; the rest is recomputed.
         scan_layers: runs repeated layers by a scan over their stacked parameters, which compile once. By default
-            where there are at least `SCANNED_FROM` layers, but for a GPU.
+            where there are at least `SCANNED_FROM` layers, all alike, but for a GPU.
         compute_dtype: of matrices and activations, with parameters, gradients and the optimizer in the dtype of the
             state; by default that of the state.
         z_loss: weight of the mean square of the logits' ln sum exp, which keeps it near 0 (arXiv:2204.02311).
@@ -402,7 +402,8 @@ def _run(
     """The model up to its head, as training runs it, and what is measured of its calls."""
     scan = config.scan_layers
     if scan is None:
-        scan = model.config.num_layers >= SCANNED_FROM and platform() != "gpu" and not tap.is_active
+        deep = model.config.num_layers >= SCANNED_FROM and are_alike(model.layers)
+        scan = deep and platform() != "gpu" and not tap.is_active
     tokens, segment_ids, _ = _arrays(batch)
     calls = measured is not None and model.config.num_calls > 0
     run = model.run(
