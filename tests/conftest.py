@@ -24,6 +24,8 @@ import jaxtyping
 import pytest
 from jax.experimental import topologies
 
+MAPPINGS = 25_000
+
 PACKAGE = Path(__file__).parent.parent / "zamba2_jax"
 
 # Not what has dataclasses that also hold shapes and shardings, under `jax.eval_shape` for one; nor what has no arrays.
@@ -42,6 +44,18 @@ jaxtyping.install_import_hook(
 def pytest_sessionstart(session):
     if not hasattr(session.config, "workerinput"):  # once, not in every process of pytest-xdist
         shrink(CACHE, CACHE_BYTES)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+    """Forgets compiled programs before they are too many: each has a dozen mappings of memory.
+
+    Linux lets a process have 65,530 of them by default; the next program that is loaded then ends it.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > MAPPINGS:
+        jax.clear_caches()
 
 
 @pytest.fixture
