@@ -139,7 +139,7 @@ def test_an_accelerator_takes_longer_pieces_and_streams_several_steps_at_a_time(
     assert list(done.tokens) == greedy(model, prompt_of(5), 20)
     assert len(calls) == visits
 
-    def see(model, tokens, *others, tap):
+    def see(model, tokens, *others, **how):
         raise InterruptedError(tokens.shape)
 
     monkeypatch.setattr(module, "prefill_donated", see)
@@ -246,8 +246,8 @@ def test_a_row_is_used_again_and_nothing_stays_in_it(model, slots):
     for _ in range(2):
         assert [done.tokens for done in run(engine, requests)] == expected
 
-    def broken_off(*arguments, tap):
-        prefill_donated(*arguments, tap=tap)
+    def broken_off(*arguments, **how):
+        prefill_donated(*arguments, **how)
         raise KeyboardInterrupt
 
     engine.submit(requests[0])

@@ -76,6 +76,7 @@ class GLALayer(nnx.Module):
 
 class GLA(LanguageModel):
     layer = GLALayer
+    mixer_outputs = ("gla.output",)
 
     @classmethod
     def layer_state(cls, config, layer, batch, capacity, dtype):

@@ -131,5 +131,9 @@ def test_the_nearest_architecture_is_found():
     assert found == expected
     with pytest.raises(ValueError, match="expected exactly one of them"):
         match(TINY)
+    with pytest.raises(ValueError, match="vary names 'num_shared_blocks': no value from 1 "):
+        match(no_calls, parameters=100, vary=("num_shared_blocks",))
+    with pytest.raises(ValueError, match="vary names 'max_position_embeddings', on which the size does not depend"):
+        match(TINY, parameters=100, vary=("max_position_embeddings",))
     with pytest.raises(ValueError, match="vary names 'use_rope', expected integer fields"):
         match(TINY, parameters=100, vary=("use_rope",))

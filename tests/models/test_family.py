@@ -32,6 +32,8 @@ from zamba2_jax import (
     tap_names,
 )
 from zamba2_jax.cli.main import main
+from zamba2_jax.data.batches import Batch
+from zamba2_jax.evaluate import necessity
 from zamba2_jax.models import registry
 from zamba2_jax.nn.cache import NO_LIMIT
 from zamba2_jax.parallel.mesh import make_mesh, shard_model
@@ -108,6 +110,16 @@ def test_its_taps_are_seen_and_edited(config, model):
     silenced = jax.jit(partial(capture, select=("layers.*.gla.output",), edits=edits))(model, tokens)
     assert not silenced.values["layers.1.gla.output"].any()
     assert np.abs(silenced.logits - forward(model, tokens)).max() > 1e-4
+
+
+def test_what_its_mixers_are_worth_is_measured(config, model):
+    batch = Batch(tokens=np.asarray(random_tokens(config, 2, 9)), segment_ids=np.ones((2, 9), int))
+    found = necessity(model, [batch], select=("all.mixer", "plain.layer"))
+    without = jax.jit(partial(capture, select=(), edits={"layers.*.gla.output": jnp.zeros_like}))(model, batch.tokens)
+    log_p = jax.nn.log_softmax(without.logits[:, :-1])
+    loss = -jnp.take_along_axis(log_p, jnp.asarray(batch.tokens)[:, 1:, None], axis=-1).mean()
+    assert found["plain.layer"].loss == pytest.approx(float(loss), rel=1e-5)
+    assert found["all.mixer"].increase != 0
 
 
 def test_it_is_counted_and_matched(config, model):

@@ -137,5 +137,9 @@ def test_what_a_tap_cannot_do_is_an_error(model):
         loss_and_gradient(model, batch, StepConfig(scan_layers=True), tap=tap)
     with pytest.raises(ValueError, match=r"tap\.select is given: expected edits alone"):
         loss_and_gradient(model, batch, tap=Tap(select=lambda name: True))
+    with pytest.raises(ValueError, match=r"tap\.select is given: expected edits alone"):
+        jax.eval_shape(partial(model, tap=Tap(select=lambda name: True)), batch.tokens)
+    with pytest.raises(ValueError, match="is_step with 6 tokens in a row: expected a cache and one token"):
+        jax.eval_shape(lambda tokens: model.run(tokens, is_step=True).h, batch.tokens)
     with pytest.raises(ValueError, match=r"no tap matches \['nothing'\]"):
         generate(model, [[1, 2]], 1, edits={"nothing": jnp.zeros_like})

@@ -46,13 +46,22 @@ def test_forward_mode_and_hessian_products_on_a_whole_model(x64):
     def both(model, v, w):
         gradient = jax.grad(lambda model: loss(model, REFERENCE))
         slope = jax.jvp(lambda model: loss(model, REFERENCE), (model,), (v,))[1]
+        logits = jax.jvp(lambda model: model(random_tokens(SMALL, 2, 7), IDS, backend=REFERENCE).sum(), (model,), (v,))
         products = [jax.jvp(gradient, (model,), (along,))[1] for along in (v, w)]
-        return slope, dot(gradient(model), v), dot(products[0], w), dot(products[1], v)
+        of_logits = jax.grad(lambda model: model(random_tokens(SMALL, 2, 7), IDS, backend=REFERENCE).sum())(model)
+        pairs = (slope, dot(gradient(model), v)), (logits[1], dot(of_logits, v))
+        return *pairs, (dot(products[0], w), dot(products[1], v))
 
-    slope, expected, left, right = both(model, v, w)
-    assert slope == pytest.approx(float(expected), rel=1e-10)
-    assert left == pytest.approx(float(right), rel=1e-9)
-    assert abs(left) > 1e-3
+    for left, right in both(model, v, w):
+        assert left == pytest.approx(float(right), rel=1e-9)
+        assert abs(left) > 1e-3
+
+
+def test_an_implementation_that_is_not_there_is_named(unchecked):
+    with pytest.raises(ValueError, match="step='cuda': expected one of xla, pallas_gpu"):
+        Backend(step="cuda")
+    with pytest.raises(ValueError, match="scan='pallas': expected one of xla, "):
+        Backend(scan="pallas")
 
 
 def on_mesh(platform, kind):
@@ -73,6 +82,7 @@ def test_the_default_is_what_each_device_of_a_mesh_can_run(monkeypatch):
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     with for_a_gpu():
         assert default_backend(jnp.bfloat16).step == "pallas_gpu"
+        assert default_backend("bfloat16") == default_backend(jnp.bfloat16)
         assert default_backend(jnp.float32).scan == "xla"
     with for_a_gpu("NVIDIA A100-SXM4-80GB"):
         assert default_backend(jnp.bfloat16) == Backend()

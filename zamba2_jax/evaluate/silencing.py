@@ -296,7 +296,7 @@ def _silenced_pass(model: LanguageModel, batch: Batch, switches: Bool[Array, "ki
     tokens, segment_ids = jnp.asarray(batch.tokens), jnp.asarray(batch.segment_ids)
     of_token = None if batch.weights is None else jnp.asarray(batch.weights)
     model = _without_adapters(model, switches[KINDS.index("adapters")])
-    h = model.run(tokens, segment_ids, tap=Tap(_Silencer(switches, segment_ids != 0))).h
+    h = model.run(tokens, segment_ids, tap=Tap(_Silencer(switches, segment_ids != 0, model.mixer_outputs))).h
 
     def of_positions(h: Array, targets: Array) -> tuple[Array, Array]:
         logits = model.logits(h, dtype=at_least_fp32(h.dtype))
@@ -315,8 +315,8 @@ def _silenced_pass(model: LanguageModel, batch: Batch, switches: Bool[Array, "ki
 class _Silencer:
     """The edit that silences what the switches say."""
 
-    def __init__(self, switches: Bool[Array, "kinds layers"], real: Bool[Array, "b t"]):
-        self._switches, self._real = switches, real
+    def __init__(self, switches: Bool[Array, "kinds layers"], real: Bool[Array, "b t"], mixer_outputs: Sequence[str]):
+        self._switches, self._real, self._mixer_outputs = switches, real, mixer_outputs
 
     def __call__(self, name: str, value: Array) -> Array:
         """The value, or what takes its place."""
@@ -331,7 +331,7 @@ class _Silencer:
             return silenced("mlp", value, self._mean(value))
         if place == "shared.output":
             return silenced("shared", value, self._mean(value))
-        if place == "mamba.output":
+        if place in self._mixer_outputs:
             value = silenced("mixer", value, self._mean(value))
             return silenced("layer", value, jnp.zeros_like(value))
         return value

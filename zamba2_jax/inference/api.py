@@ -10,6 +10,7 @@ from zamba2_jax.inference.sampling import GREEDY, Sampling
 from zamba2_jax.interpret.taps import edits_tap
 from zamba2_jax.models.base import LanguageModel
 from zamba2_jax.nn.tap import NO_TAP
+from zamba2_jax.ops.backend import Backend
 from zamba2_jax.text.stream import TokenizerLike, token_lists
 from zamba2_jax.typing import Array
 
@@ -29,6 +30,7 @@ def generate(
     prefix: Sequence[int] = (),
     slots: int = 8,
     edits: Edits | None = None,
+    backend: Backend | None = None,
 ) -> list[Prompt]:
     """Continues every prompt: strings by strings, lists of token ids by lists of token ids.
 
@@ -44,6 +46,7 @@ def generate(
         prefix: token ids before every prompt, taken in once.
         slots: most prompts that run at a time.
         edits: changes what flows inside, by tap name or pattern; see `interpret.taps.capture`.
+        backend: how ops are computed; `default_backend` by default.
 
     Returns:
         The continuations, in the order of the prompts.
@@ -53,7 +56,7 @@ def generate(
             vocabulary, strings come without a tokenizer, a parameter is out of its range, or an edit matches no tap.
     """
     engine = _engine_with(
-        model, prompts, max_new_tokens, sampling, tokenizer, stop_tokens, stop_strings, prefix, slots, edits
+        model, prompts, max_new_tokens, sampling, tokenizer, stop_tokens, stop_strings, prefix, slots, edits, backend
     )
     done = {event.request: event for event in engine.events(streaming=False) if isinstance(event, Completion)}
     in_order = [done[i] for i in range(len(prompts))]
@@ -73,6 +76,7 @@ def stream(
     prefix: Sequence[int] = (),
     slots: int = 8,
     edits: Edits | None = None,
+    backend: Backend | None = None,
 ) -> Iterator[Event]:
     """As `generate`, token by token: a `Token` for each, and a `Completion` after a prompt's last.
 
@@ -84,7 +88,7 @@ def stream(
         ValueError: as in `generate`, by this call already.
     """
     return _engine_with(
-        model, prompts, max_new_tokens, sampling, tokenizer, stop_tokens, stop_strings, prefix, slots, edits
+        model, prompts, max_new_tokens, sampling, tokenizer, stop_tokens, stop_strings, prefix, slots, edits, backend
     ).events()
 
 
@@ -99,6 +103,7 @@ def _engine_with(
     prefix: Sequence[int],
     slots: int,
     edits: Edits | None,
+    backend: Backend | None,
 ) -> Engine:
     """An engine as large as the prompts need, and they in its queue."""
     if not len(prompts):
@@ -115,7 +120,9 @@ def _engine_with(
     ]
     before = len(check_tokens(prefix, vocab_size, "prefix")) if len(prefix) else 0
     tap = edits_tap(model, edits) if edits else NO_TAP
-    engine = Engine.for_requests(model, requests, slots=slots, before=before, tokenizer=tokenizer, tap=tap)
+    engine = Engine.for_requests(
+        model, requests, slots=slots, before=before, tokenizer=tokenizer, tap=tap, backend=backend
+    )
     for request in requests:
         engine.check(request)
     taken = engine.prefix(prefix) if before else None

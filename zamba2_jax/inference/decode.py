@@ -11,6 +11,7 @@ from zamba2_jax.models.base import LanguageModel
 from zamba2_jax.models.cache import init_cache
 from zamba2_jax.nn.cache import Cache
 from zamba2_jax.nn.tap import NO_TAP, Tap
+from zamba2_jax.ops.backend import Backend, default_backend
 from zamba2_jax.typing import Array, Float, Int
 
 APART = {"xla_gpu_dot_merger_threshold_mb": "0"}
@@ -25,6 +26,7 @@ def prefill(
     *,
     capacity: int | None = None,
     tap: Tap = NO_TAP,
+    backend: Backend | None = None,
 ) -> tuple[Float[Array, "b v"], Cache]:
     """Takes prompts in, or goes on with them.
 
@@ -36,6 +38,7 @@ def prefill(
         capacity: tokens each row can hold, only for a new cache; `config.max_position_embeddings`, or t if that is
             more, by default.
         tap: its edits change what flows inside; see `interpret.taps.edits_tap`.
+        backend: how ops are computed; `default_backend` by default.
 
     Returns:
         Logits after the last real token of each row, and the cache with the tokens. In a row that has outgrown its
@@ -59,36 +62,46 @@ def prefill(
         raise ValueError(f"{t} tokens in a row: expected at most the capacity of the cache, {cache.capacity}")
     if lengths is not None:
         _check_lengths(lengths, b, t)
-    return _prefill(model, tokens, lengths, cache, tap=tap)
+    return _prefill(model, tokens, lengths, cache, tap=tap, backend=backend)
 
 
 def _take_in(
-    model: LanguageModel, tokens: Array, lengths: Array | None, cache: Cache, tap: Tap = NO_TAP
+    model: LanguageModel,
+    tokens: Array,
+    lengths: Array | None,
+    cache: Cache,
+    tap: Tap = NO_TAP,
+    backend: Backend | None = None,
 ) -> tuple[Array, Cache]:
     b, t = tokens.shape
     lengths = jnp.full(b, t) if lengths is None else jnp.asarray(lengths)
     padding = (jnp.arange(t) < lengths[:, None]).astype(jnp.int32)
-    h, after, *_ = model.run(tokens, padding, cache=cache, tap=tap)
+    backend = default_backend(model.dtype) if backend is None else backend
+    h, after, *_ = model.run(tokens, padding, cache=cache, tap=tap, backend=backend)
     assert after is not None
     last = jnp.take_along_axis(h, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    return _nan_where_full(tap.afresh()("logits", model.logits(last)), after), after
+    return _nan_where_full(tap.edits()("logits", model.logits(last, backend=backend)), after), after
 
 
-_prefill = jax.jit(_take_in, static_argnames="tap")
-prefill_donated = jax.jit(_take_in, static_argnames="tap", donate_argnames="cache", compiler_options=APART)
+_prefill = jax.jit(_take_in, static_argnames=("tap", "backend"))
+prefill_donated = jax.jit(_take_in, static_argnames=("tap", "backend"), donate_argnames="cache", compiler_options=APART)
 """`prefill` without its checks, its arguments all there, which takes the cache's memory for the one it returns."""
 
 
-@partial(jax.jit, static_argnames="tap")
+@partial(jax.jit, static_argnames=("tap", "backend"))
 def decode_step(
-    model: LanguageModel, token: Int[Array, " b"], cache: Cache, *, tap: Tap = NO_TAP
+    model: LanguageModel,
+    token: Int[Array, " b"],
+    cache: Cache,
+    *,
+    tap: Tap = NO_TAP,
+    backend: Backend | None = None,
 ) -> tuple[Float[Array, "b v"], Cache]:
     """Logits after one more token in every row, and the cache with it.
 
-    In a row that has outgrown its cache the logits are NaN. The edits of `tap` change what flows inside; see
-    `interpret.taps.edits_tap`.
+    In a row that has outgrown its cache the logits are NaN. `tap` and `backend` as for `prefill`.
     """
-    logits, cache = model.step(token, cache, tap=tap)
+    logits, cache = model.step(token, cache, tap=tap, backend=backend)
     return _nan_where_full(logits, cache), cache
 
 

@@ -32,6 +32,7 @@ from zamba2_jax.models.cache import init_cache
 from zamba2_jax.nn.cache import Cache, placed
 from zamba2_jax.nn.config import ModelConfig
 from zamba2_jax.nn.tap import NO_TAP, Tap
+from zamba2_jax.ops.backend import Backend, default_backend
 from zamba2_jax.ops.placement import platform
 from zamba2_jax.parallel.mesh import constrain
 from zamba2_jax.parallel.sharded_ops import row_axes
@@ -172,6 +173,7 @@ class Engine:
         chunk: int | None = None,
         tokenizer: TokenizerLike | None = None,
         tap: Tap = NO_TAP,
+        backend: Backend | None = None,
     ):
         """An engine without requests. Its caches are allocated here: `cache_bytes(config, slots, capacity, dtype)`.
 
@@ -185,9 +187,10 @@ class Engine:
                 By default 512 on CPU and 2,048 elsewhere, where a piece takes long to start.
             tokenizer: for text and stop strings.
             tap: its edits change what flows inside; see `interpret.taps.edits_tap`.
+            backend: how ops are computed; `default_backend` by default.
 
         Raises:
-            ValueError: slots, capacity or chunk is below 1.
+            ValueError: slots, capacity or chunk is below 1, or the tap selects values.
         """
         capacity = model.config.max_position_embeddings if capacity is None else capacity
         chunk = (512 if platform() == "cpu" else 2048) if chunk is None else chunk
@@ -195,7 +198,8 @@ class Engine:
             if not is_int(count, 1):
                 raise ValueError(f"{name}={count!r}: expected an integer, at least 1")
         self.slots, self.capacity = slots, capacity
-        self._model, self._chunk, self._tokenizer, self._tap = model, chunk, tokenizer, tap
+        self._model, self._chunk, self._tokenizer = model, chunk, tokenizer
+        self._tap, self._backend = tap.edits(), default_backend(model.dtype) if backend is None else backend
         self._hidden = hidden_tokens(tokenizer)
         self._rows = _empty_rows(model.config, slots, capacity, model.dtype)
         self._row: Cache | None = None
@@ -218,6 +222,7 @@ class Engine:
         capacity: int | None = None,
         tokenizer: TokenizerLike | None = None,
         tap: Tap = NO_TAP,
+        backend: Backend | None = None,
     ) -> "Engine":
         """An engine as large as some requests need, which are still to be submitted.
 
@@ -227,7 +232,7 @@ class Engine:
             slots: most requests that run at a time; fewer slots are made for few requests.
             before: tokens of the prefix that they are still to get.
             capacity: tokens per slot; as many as the longest request needs by default.
-            tokenizer, tap: as for an engine.
+            tokenizer, tap, backend: as for an engine.
         """
         longest = before + max(len(request.prompt) + request.max_new_tokens for request in requests)
         return cls(
@@ -236,6 +241,7 @@ class Engine:
             capacity=rounded_capacity(longest) if capacity is None else capacity,
             tokenizer=tokenizer,
             tap=tap,
+            backend=backend,
         )
 
     def submit(self, request: Request) -> int:
@@ -360,12 +366,15 @@ class Engine:
             padded = np.zeros((1, padded_length(len(piece), self._chunk)), np.int32)
             padded[0, : len(piece)] = piece
             real = np.array([len(piece)], np.int32)
-            logits, cache = prefill_donated(self._model, padded, real, cache, tap=self._tap)
+            how = {"tap": self._tap, "backend": self._backend}
+            logits, cache = prefill_donated(self._model, padded, real, cache, **how)
         return logits, cache
 
     def _decode(self, steps: int) -> None:
         """Up to `steps` tokens for every running request; fewer if one ends and another waits for its slot."""
-        self._rows, *block = _run(self._model, self._rows, steps, bool(self._queue), self._loop, self._tap)
+        self._rows, *block = _run(
+            self._model, self._rows, steps, bool(self._queue), self._loop, self._tap, self._backend
+        )
         tokens, logprobs, counts = jax.device_get(block)
         for slot, count in enumerate(counts):
             self._record(slot, tokens[:count, slot].tolist(), logprobs[:count, slot].tolist())
@@ -492,9 +501,9 @@ def _insert(
     return _placed(rows), row.token[0], logprob[0]
 
 
-@partial(jax.jit, static_argnames=("loop", "tap"), donate_argnames="rows", compiler_options=APART)
+@partial(jax.jit, static_argnames=("loop", "tap", "backend"), donate_argnames="rows", compiler_options=APART)
 def _run(
-    model: LanguageModel, rows: _Rows, steps: int, refill: bool, loop: bool, tap: Tap
+    model: LanguageModel, rows: _Rows, steps: int, refill: bool, loop: bool, tap: Tap, backend: Backend
 ) -> tuple[_Rows, Array, Array, Array]:
     """Up to `steps` tokens for every live row: until none is live, or, with `refill`, until one ends.
 
@@ -513,7 +522,7 @@ def _run(
 
     def step(carry: tuple[Array, _Rows, Array, Array]) -> tuple[Array, _Rows, Array, Array]:
         i, rows, tokens, logprobs = carry
-        logits, cache = model.step(rows.token, rows.cache, tap=tap)
+        logits, cache = model.step(rows.token, rows.cache, tap=tap, backend=backend)
         rows, logprob = _choose(dataclasses.replace(rows, cache=cache), logits)
         return i + 1, rows, tokens.at[i].set(rows.token), logprobs.at[i].set(logprob)
 

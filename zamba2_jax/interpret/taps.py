@@ -8,7 +8,8 @@ import jax
 
 from zamba2_jax.models.base import LanguageModel
 from zamba2_jax.nn.cache import Cache
-from zamba2_jax.nn.tap import Tap
+from zamba2_jax.nn.tap import Edit, Tap
+from zamba2_jax.ops.backend import Backend, default_backend
 from zamba2_jax.typing import Array
 
 
@@ -33,6 +34,7 @@ def capture(
     select: Iterable[str] = ("*",),
     edits: Mapping[str, Callable[[Array], Array]] | None = None,
     cache: Cache | None = None,
+    backend: Backend | None = None,
     **kwargs: Any,
 ) -> Captured:
     """Runs the model and returns its logits and the values at the selected taps.
@@ -48,11 +50,12 @@ def capture(
         edits: for a tap name or pattern, a function whose result takes the value's place, as for an ablation:
             `{"layers.5.shared.output": jnp.zeros_like}`. Captured values are those after the edit.
         cache: where the rows stand.
+        backend: how ops are computed; `default_backend` by default.
 
     Raises:
         ValueError: a pattern of `select` or `edits` matches no tap.
     """
-    select = tuple(select)
+    select, backend = tuple(select), default_backend(model.dtype) if backend is None else backend
     unmatched = {*select, *(edits or {})}
 
     def selected(name: str) -> bool:
@@ -60,19 +63,12 @@ def capture(
         unmatched.difference_update(matching)
         return bool(matching)
 
-    def edit(name: str, value: Array) -> Array:
-        for pattern, function in (edits or {}).items():
-            if fnmatchcase(name, pattern):
-                unmatched.discard(pattern)
-                value = function(value)
-        return value
-
-    tap = Tap(edit, selected)
+    tap = Tap(_editing(edits or {}, unmatched), selected)
     is_step = cache is not None and tokens is not None and tokens.ndim == 1
     tokens = tokens[:, None] if is_step and tokens is not None else tokens
-    run = model.run(tokens, cache=cache, is_step=is_step, tap=tap, **kwargs)
-    at_end = tap.afresh()
-    logits = at_end("logits", model.logits(run.h[:, 0] if is_step else run.h))
+    run = model.run(tokens, cache=cache, is_step=is_step, tap=tap, backend=backend, **kwargs)
+    at_end = tap.fresh()
+    logits = at_end("logits", model.logits(run.h[:, 0] if is_step else run.h, backend=backend))
     if unmatched:
         raise ValueError(f"no tap matches {sorted(unmatched)}; tap_names(model) lists them")
     return Captured(logits, run.tapped | at_end.values, run.cache)
@@ -90,14 +86,20 @@ def edits_tap(model: LanguageModel, edits: Mapping[str, Callable[[Array], Array]
     unmatched = sorted(pattern for pattern in functions if not any(fnmatchcase(name, pattern) for name in names))
     if unmatched:
         raise ValueError(f"no tap matches {unmatched}; tap_names(model) lists them")
+    return Tap(_editing(functions, set()))
+
+
+def _editing(edits: Mapping[str, Callable[[Array], Array]], unmatched: set[str]) -> Edit:
+    """The edits as one function; patterns that match are taken out of `unmatched`."""
 
     def edit(name: str, value: Array) -> Array:
-        for pattern, function in functions.items():
+        for pattern, function in edits.items():
             if fnmatchcase(name, pattern):
+                unmatched.discard(pattern)
                 value = function(value)
         return value
 
-    return Tap(edit)
+    return edit
 
 
 def tap_names(model: LanguageModel) -> dict[str, jax.ShapeDtypeStruct]:

@@ -1,7 +1,7 @@
 """What every model is to the floors above: parameters, a full pass, a step, and one way through its layers."""
 
-from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -17,14 +17,6 @@ from zamba2_jax.ops.segments import document_positions
 from zamba2_jax.parallel.mesh import constrain
 from zamba2_jax.parallel.sharded_ops import embed, row_axes
 from zamba2_jax.typing import Array, Bool, DTypeLike, Float, Int
-
-
-@runtime_checkable
-class Part(Protocol):
-    """How a layer, a shared block or what one call of it owns is made: a module class, or a function of its place."""
-
-    def __call__(self, config: Any, *, rngs: Rngs, dtype: DTypeLike) -> nnx.Module:
-        """With fresh parameters."""
 
 
 class Pass(NamedTuple):
@@ -50,10 +42,13 @@ class LanguageModel(nnx.Module):
     labels of `optax.multi_transform`, give it the function, `lambda model: labels`: a tree of labels made from a model
     is a model too, which optax would call.
 
-    A family says what a layer is, and, if it has them, a shared block and what each call of one owns. A layer is called
-    as `layer(h, shared_output, state, context) -> (h, state)`, a block as `block(h, embedded, projected, call, state,
-    context) -> (shared_output, state)`, `projected` being what its `project_embedded(embedded, backend)` gives. Whole
-    rows and single tokens take the same way; `context.is_step` tells.
+    A family names the classes of a layer, and, if it has them, of a shared block and of what each call of one owns; all
+    are made as `layer(config, rngs=, dtype=)`, and `make_layer` is there for a family whose layers differ. A layer is
+    called as `layer(h, shared_output, state, context) -> (h, state)`, a block as `block(h, embedded, projected, call,
+    state, context) -> (shared_output, state)`, `projected` being what its `project_embedded(embedded, backend)` gives.
+    Whole rows and single tokens take the same way; `context.is_step` tells. A block taps `attention.q` and
+    `attention.k`, and the config of a family with blocks has their `attention_scale`: a run's health is measured by
+    these.
 
     Attributes:
         config: the architecture.
@@ -66,9 +61,11 @@ class LanguageModel(nnx.Module):
     """
 
     config: Any
-    layer: ClassVar[Part]
-    block: ClassVar[Part]
-    call: ClassVar[Part]
+    layer: ClassVar[Callable[..., nnx.Module]]
+    block: ClassVar[Callable[..., nnx.Module]]
+    call: ClassVar[Callable[..., nnx.Module]]
+    mixer_outputs: ClassVar[tuple[str, ...]] = ()
+    """Taps inside of a layer that between them see all that it adds to the residual stream."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         """A model with fresh parameters of compute dtype `dtype`, on the mesh that is set, if one is.
@@ -79,16 +76,20 @@ class LanguageModel(nnx.Module):
         v, d, matrix = config.vocab_size, config.hidden_size, normal(config.initializer_range)
         keys = KeyStream(rngs.params())
 
-        def parts(name: str, count: int) -> Sequence[nnx.Module]:
-            return [getattr(type(self), name)(config, rngs=keys, dtype=dtype) for _ in range(count)]
-
+        family = type(self)
         self.config = config
         self.embed = param(keys, matrix, (v, d), ("vocab", "d_model"), dtype)
-        self.layers = nnx.List(parts("layer", config.num_layers))
-        self.shared = nnx.List(parts("block", config.num_blocks))
-        self.calls = nnx.List(parts("call", config.num_calls))
+        layers = range(config.num_layers)
+        self.layers = nnx.List([family.make_layer(config, i, rngs=keys, dtype=dtype) for i in layers])
+        self.shared = nnx.List([family.block(config, rngs=keys, dtype=dtype) for _ in range(config.num_blocks)])
+        self.calls = nnx.List([family.call(config, rngs=keys, dtype=dtype) for _ in range(config.num_calls)])
         self.norm = norm_scale(keys, d, dtype)
         self.head = None if config.tie_embeddings else param(keys, matrix, (v, d), ("vocab", "d_model"), dtype)
+
+    @classmethod
+    def make_layer(cls, config: Any, layer: int, *, rngs: Rngs, dtype: DTypeLike) -> nnx.Module:
+        """The layer of that number, with fresh parameters."""
+        return cls.layer(config, rngs=rngs, dtype=dtype)
 
     @classmethod
     def layer_state(cls, config: Any, layer: int, batch: int, capacity: int, dtype: DTypeLike) -> State:
@@ -128,18 +129,20 @@ class LanguageModel(nnx.Module):
             backend: how ops are computed; `default_backend` by default.
 
         Raises:
-            ValueError: both or neither of tokens and inputs_embeds are given.
+            ValueError: both or neither of tokens and inputs_embeds are given, or the tap selects values.
         """
+        backend = default_backend(self.dtype) if backend is None else backend
         run = self.run(tokens, segment_ids, positions, inputs_embeds=inputs_embeds, tap=tap, backend=backend)
-        return tap.afresh()("logits", self.logits(run.h))
+        return tap.edits()("logits", self.logits(run.h, backend=backend))
 
     def step(
         self, tokens: Int[Array, " b"], cache: Cache, *, tap: Tap = NO_TAP, backend: Backend | None = None
     ) -> tuple[Float[Array, "b v"], Cache]:
-        """Logits after one more token in every row, and the cache with it."""
+        """Logits after one more token in every row, and the cache with it; the rest as in `__call__`."""
+        backend = default_backend(self.dtype) if backend is None else backend
         run = self.run(tokens[:, None], cache=cache, is_step=True, tap=tap, backend=backend)
         assert run.cache is not None
-        return tap.afresh()("logits", self.logits(run.h[:, 0])), run.cache
+        return tap.edits()("logits", self.logits(run.h[:, 0], backend=backend)), run.cache
 
     def run(
         self,
@@ -165,17 +168,22 @@ class LanguageModel(nnx.Module):
             cache: where the rows stand.
             is_step: whether there is one token in each row, with a cache.
             options: how the layers are run; see `models.layers`. With another compute dtype backend is for that.
-            observe: what is to be known of every call of a shared block; see `models.layers`.
-            observed: whether it is to be known now.
+            observe: computes numbers of every call of a shared block; see `models.layers`.
+            observed: whether these numbers are wanted now.
+
+        Raises:
+            ValueError: as in `__call__` and `run_layers`, or a step is not of one token with a cache.
         """
         dtype = jnp.dtype(options.dtype or self.dtype)
         if tokens is not None and inputs_embeds is None:
             embedded = embed(tokens, self.embed[...], cached=cache is not None).astype(dtype)
         elif tokens is None and inputs_embeds is not None:
-            embedded = inputs_embeds
+            embedded = inputs_embeds.astype(dtype)
         else:
             raise ValueError("expected either tokens or inputs_embeds, and not both")
-        tap = tap.afresh()
+        if is_step and (cache is None or embedded.shape[1] != 1):
+            raise ValueError(f"is_step with {embedded.shape[1]} tokens in a row: expected a cache and one token")
+        tap = tap.fresh()
         embedded = tap("embed", embedded)
         if cache is not None:
             positions = cache.lengths[:, None] + jnp.arange(embedded.shape[1])

@@ -83,7 +83,7 @@ def executed_flops(config: ModelConfig, length: int, remat: Remat) -> int:
 
 
 def count_parameters(config: ModelConfig) -> dict[str, int]:
-    """The parameters of each part of a model, by its attribute, as "layers" or "shared"; those that are shared once."""
+    """The parameters of each part of a model, by its attribute, as "layers" or "shared"; shared blocks count once."""
     counts: dict[str, int] = {}
     for name, leaf in named_parameters(jax.eval_shape(lambda: init_model(config, rngs=nnx.Rngs(0)))).items():
         part = name.split(".")[0]
@@ -113,7 +113,8 @@ def match(
         vary: integer fields.
 
     Raises:
-        ValueError: not exactly one of parameters and flops is given or it is below 1, or a field is no integer.
+        ValueError: not exactly one of parameters and flops is given or it is below 1, or a field is no integer, has no
+            valid value nearby, or does not change the size.
     """
     if (parameters is None) == (flops is None):
         raise ValueError(f"parameters={parameters} and flops={flops}: expected exactly one of them")
@@ -134,22 +135,30 @@ def match(
     return config
 
 
+TRIED = 512
+"""Values that are looked through for one that a config accepts, at least."""
+
+
 def _nearest(config: Any, field: str, size: Any, target: int) -> Any:
     """With the value of a field where the size, which grows with it, is nearest to the target."""
     found: dict[int, Any] = {}
 
     def at(value: int) -> Any:
         """With the nearest valid value that is at least this."""
-        while value not in found:
+        for tried in range(value, 2 * value + TRIED):
+            if tried in found:
+                return found[tried]
             try:
-                changed = config.with_num_layers(value) if field == "num_layers" else _replaced(config, field, value)
+                changed = config.with_num_layers(tried) if field == "num_layers" else _replaced(config, field, tried)
             except ValueError:
-                value += 1
-            else:
-                found[value] = changed
-        return found[value]
+                continue
+            found[tried] = changed
+            return changed
+        raise ValueError(f"vary names {field!r}: no value from {value} to {2 * value + TRIED - 1} is valid")
 
     low, high = 1, max(2, getattr(config, field))
+    if size(at(low)) == size(at(4 * high)):
+        raise ValueError(f"vary names {field!r}, on which the size does not depend")
     while size(at(high)) < target:
         low, high = high, 2 * high
     while high - low > 1:

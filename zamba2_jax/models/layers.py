@@ -150,8 +150,8 @@ def run_layers(
         context: what all layers share.
         cache: where the rows stand.
         options: how they are run.
-        observe: what is to be known of every call of a shared block.
-        observed: whether it is to be known now; where not, nothing is computed for it.
+        observe: computes numbers of every call of a shared block.
+        observed: whether they are wanted now; where not, nothing is computed for them.
         layers: rows of the layer plan; all by default.
 
     Raises:
@@ -176,7 +176,7 @@ def run_layers(
     states: list[Any] = []
     call_states: list[Any] = []
     observations: list[Any] = []
-    tap = context.tap.afresh()
+    tap = context.tap.fresh()
     call_kept = _checkpointed(functions.call, options.remat, in_scan=False)
     mix_kept = _checkpointed(functions.mix, options.remat, in_scan=False)
     for row in plan:
@@ -242,7 +242,7 @@ class _Functions:
             return checkpoint_name(value, place) if place in SUMS and self.options.remat == "matmuls" else value
 
         watched = observed is not None or self.options.remat == "matmuls"
-        context = context.replace(tap=dataclasses.replace(tap, edit=edit) if watched else tap).afresh()
+        context = context.replace(tap=dataclasses.replace(tap, edit=edit) if watched else tap).fresh()
         output, state = module(h, embedded, block[1], call, state, context)
         of_call = None
         if observed is not None and self.observe is not None:
@@ -254,7 +254,7 @@ class _Functions:
         self, context: Context, layer: Any, h: Array, shared_output: Array | None, state: State | None
     ) -> tuple[Array, State | None, dict[str, Array]]:
         """A layer: the residual stream and its state after it, and what the tap selected."""
-        context = context.afresh()
+        context = context.fresh()
         h, state = self._used(layer)(h, shared_output, state, context)
         return constrain(h, *self.rows, None), state if self.keep_states else None, context.tap.values
 
@@ -279,7 +279,7 @@ def _by_scan(
 ) -> LayersRun:
     """All layers: a scan over the groups, and in it one over the layers of each, filled up to the longest group.
 
-    What fills up, and the call that the first group may lack, is passed over when it runs.
+    Layers that only fill up a group, and the call that the first group may lack, are skipped at run time.
     """
     remat, plan = functions.options.remat, groups(stack.config)
     size = max(len(group.layers) for group in plan)

@@ -47,6 +47,8 @@ class Family:
 
 
 _OWN = {"zamba2": "zamba2_jax.models.zamba2.family"}
+DEFAULT = "zamba2"
+"""The family of what names none: early config.json files, and architectures in runs."""
 _registered: dict[str, Family] = {}
 
 
@@ -77,6 +79,8 @@ def family(model_type: str) -> Family:
     Raises:
         ValueError: there is none.
     """
+    if not isinstance(model_type, str):
+        raise ValueError(f"model_type={model_type!r}: expected one of {', '.join(families())}")
     if model_type in _OWN:
         return importlib.import_module(_OWN[model_type]).FAMILY
     if model_type not in _registered:
@@ -133,7 +137,7 @@ def read_config(source: str | Path | Mapping[str, Any]) -> Any:
         values = read_json(path)
         if not isinstance(values, dict):
             raise ValueError(f"{path} holds {type(values).__name__}, expected a JSON object")
-    return family(values.get("model_type", "zamba2")).read_json(values)
+    return family(values.get("model_type", DEFAULT)).read_json(values)
 
 
 def config_json(config: ModelConfig) -> dict[str, Any]:

@@ -31,6 +31,6 @@ class Context(struct.PyTreeNode):
         """For what is inside of `name`."""
         return self.replace(tap=self.tap.scoped(name)) if self.tap.is_active else self
 
-    def afresh(self) -> Self:
-        """For the inside of a traced function, which has to return `tap.values`."""
-        return self.replace(tap=self.tap.afresh())
+    def fresh(self) -> Self:
+        """The context with a tap that has recorded nothing yet; a traced function returns what its own has recorded."""
+        return self.replace(tap=self.tap.fresh())

@@ -35,7 +35,7 @@ class Mamba2(nnx.Module):
     """Gated state-space mixer: project, convolve, scan, gate and norm, project back.
 
     The published `in_proj` and `conv1d` hold several parameters in one matrix; here each part is its own, (B, C) as
-    one. See `checkpoint.hf` for the mapping.
+    one. See `models.zamba2.weights` for the mapping.
     """
 
     def __init__(self, config: Mamba2Config, *, rngs: Rngs, dtype: DTypeLike = jnp.float32):

@@ -52,7 +52,17 @@ class Tap:
         """The tap for what is inside of `name`, with the same values. One that does nothing stays the same."""
         return dataclasses.replace(self, scope=f"{self.scope}{name}.") if self.is_active else self
 
-    def afresh(self) -> "Tap":
+    def edits(self) -> "Tap":
+        """The tap, for what gives no values back.
+
+        Raises:
+            ValueError: it selects values.
+        """
+        if self.select is not None:
+            raise ValueError("tap.select is given: expected edits alone, values come from interpret.taps.capture")
+        return self
+
+    def fresh(self) -> "Tap":
         """The tap for the inside of a traced function, nothing selected yet."""
         return dataclasses.replace(self, values={})
 

@@ -3,7 +3,7 @@
 import dataclasses
 import warnings
 from functools import cache
-from typing import Literal
+from typing import Literal, get_args
 
 import jax.numpy as jnp
 
@@ -18,6 +18,12 @@ from zamba2_jax.ops.rope import rotate
 from zamba2_jax.typing import Array, DTypeLike, Float, Int
 
 StepImplementation = Literal["xla", "pallas_gpu"]
+_NAMES = {
+    "scan": get_args(Implementation),
+    "attention": get_args(AttentionImplementation),
+    "cached_attention": get_args(CachedImplementation),
+    "step": get_args(StepImplementation),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +37,9 @@ class Backend:
         step: of one token through a Mamba2 block: "pallas_gpu" is kernels for few rows of bfloat16 on one GPU, for
             other rows and dtypes "xla" takes their place.
         custom_gradients: whether ops have hand-written gradients, which are for reverse mode, once.
+
+    Raises:
+        ValueError: there is no such implementation; the message names the field.
     """
 
     scan: Implementation = "xla"
@@ -38,6 +47,11 @@ class Backend:
     cached_attention: CachedImplementation = "xla"
     step: StepImplementation = "xla"
     custom_gradients: bool = True
+
+    def __post_init__(self) -> None:
+        for field, names in _NAMES.items():
+            if getattr(self, field) not in names:
+                raise ValueError(f"{field}={getattr(self, field)!r}: expected one of {', '.join(names)}")
 
     @classmethod
     def reference(cls) -> "Backend":
@@ -102,7 +116,7 @@ def default_backend(dtype: DTypeLike) -> Backend:
         return Backend(scan="pallas_tpu", attention="splash")
     if found is None:
         return Backend()
-    scan: Implementation = "pallas_gpu" if dtype == jnp.bfloat16 and _has_triton() else "xla"
+    scan: Implementation = "pallas_gpu" if jnp.dtype(dtype) == jnp.bfloat16 and _has_triton() else "xla"
     step: StepImplementation = "pallas_gpu" if kernels() == "gpu" and _has_triton() else "xla"
     return Backend(scan=scan, attention="cudnn", cached_attention="cudnn", step=step)
 

@@ -110,7 +110,7 @@ def default_implementation(dtype: DTypeLike) -> Implementation:
     """
     if (found := kernels()) == "tpu":
         return "pallas_tpu"
-    return "pallas_gpu" if found == "gpu" and dtype == jnp.bfloat16 else "xla"
+    return "pallas_gpu" if found == "gpu" and jnp.dtype(dtype) == jnp.bfloat16 else "xla"
 
 
 def _pallas_gpu(*arguments: Any) -> tuple[Array, Array]:

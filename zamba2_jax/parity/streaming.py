@@ -12,7 +12,6 @@ from flax import nnx
 from safetensors import safe_open
 
 from zamba2_jax.checkpoint.hf import find_entries, match
-from zamba2_jax.models.base import Part
 from zamba2_jax.models.registry import family_of
 from zamba2_jax.models.tensors import Tensor
 from zamba2_jax.models.zamba2.config import Zamba2Config
@@ -121,7 +120,7 @@ class _Weights:
         call = self._module(model.call, tensors, f"calls.{row.hybrid.call}.")
         return layerwise.Parts(self._config, {0: layer}, {0: block}, {0: call})
 
-    def _module(self, kind: Part, tensors: dict[Tensor, np.ndarray], prefix: str) -> nnx.Module:
+    def _module(self, kind: Callable[..., nnx.Module], tensors: dict[Tensor, np.ndarray], prefix: str) -> nnx.Module:
         """The module whose paths start with `prefix`, on its share of the tensors."""
         own = _split({tensor: array for tensor, array in tensors.items() if tensor.parts[0].path.startswith(prefix)})
         values = {path.removeprefix(prefix): array for path, array in own.items()}

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 from zamba2_jax.checkpoint.hub import local_directory
 from zamba2_jax.data.synthetic import AnySource
-from zamba2_jax.models.registry import family, preset, read_config
+from zamba2_jax.models.registry import DEFAULT, family, preset, read_config
 from zamba2_jax.nn.config import ModelConfig
 from zamba2_jax.parallel.mesh import MeshSizes
 from zamba2_jax.train.optimizer import AdamW, Muon
@@ -32,8 +32,8 @@ class ModelSource:
         preset: an architecture by name, with random weights.
         overrides: fields of the preset's architecture that are to be others. Keys that are not named here are taken for
             such, so that `model.num_layers = 9` beside a preset is one.
-        architecture: the fields of an architecture, with random weights; its family by "model_type", "zamba2" by
-            default.
+        architecture: the fields of an architecture, with random weights; its family by "model_type"; see
+            `models.registry.DEFAULT`.
         hf: a checkpoint to start from, weights included: a directory or the id of a repository on the Hugging Face hub.
 
     Raises:
@@ -75,7 +75,7 @@ class ModelSource:
 
 
 def architecture_from_table(table: object, place: str) -> ModelConfig:
-    """An architecture of any family from its fields; `model_type`, "zamba2" by default, says of which.
+    """An architecture of any family from its fields; `model_type` says of which, see `models.registry.DEFAULT`.
 
     Raises:
         ValueError: there is no such family, or as `from_table`.
@@ -83,7 +83,7 @@ def architecture_from_table(table: object, place: str) -> ModelConfig:
     if not isinstance(table, Mapping):
         raise ValueError(f"{place} is {table!r}: expected a table")
     fields = {key: value for key, value in table.items() if key != "model_type"}
-    return from_table(family(table.get("model_type", "zamba2")).config, fields, place)
+    return from_table(family(table.get("model_type", DEFAULT)).config, fields, place)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

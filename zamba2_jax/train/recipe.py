@@ -1,4 +1,4 @@
-"""The recipe that `zamba2 demo` trains its model by, the notebooks theirs, and experiments/nano.toml writes out.
+"""The recipe for Zamba2 by which `zamba2 demo` and the notebooks train, and which experiments/nano.toml writes out.
 
 Three phases: copying, from which attention learns to look things up; code; and, as the rate falls, prose with some of
 both. experiments/health says what each piece of it is worth. There is no JAX here until it is used.
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 STEPS = (240, 240, 840)
 """Of copying, of pretraining and of annealing."""
 LEARNING_RATE = 1e-2
-"""Its peak in the first phases; annealing warms up to three quarters of it."""
+"""Its peak, in copying; pretraining begins at half of it, annealing warms up to three quarters."""
 DECAY: Decay = "linear"
 """How it falls in annealing."""
 REPLAY = 0.3

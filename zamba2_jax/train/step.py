@@ -188,17 +188,17 @@ def train_step(
         ValueError: `config.microbatches` does not divide the rows of the batch, the mesh does not divide a part, or the
             tap selects values, or there is one with `config.scan_layers`.
     """
-    tap, taken = _edits_only(tap), state.step
-    measured = None if health_every is None else (taken + 1) % health_every == 0
+    tap, step = tap.edits(), state.step
+    measured = None if health_every is None else (step + 1) % health_every == 0
     loss, gradient, calls = _observed_loss_and_gradient(state.model, batch, config, tap, measured)
-    grad_norm, rate = optax.tree.norm(gradient), jnp.asarray(schedule(taken))
+    grad_norm, rate = optax.tree.norm(gradient), jnp.asarray(schedule(step))
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
     def advance(gradient: Any, before: tuple[Any, optax.OptState]) -> tuple[Any, optax.OptState]:
         told = optax.with_extra_args_support(optimizer)
-        update, opt_state = told.update(gradient, before[1], before[0], step=taken)
+        update, opt_state = told.update(gradient, before[1], before[0], step=step)
         model = jax.tree.map(
-            lambda p, u, leaf: stored(p - rate * u, p, leaf, taken), before[0], update, leaves_of(before[0])
+            lambda p, u, leaf: stored(p - rate * u, p, leaf, step), before[0], update, leaves_of(before[0])
         )
         return jax.tree.map(lambda new, old: jnp.where(finite, new, old), (model, opt_state), before)
 
@@ -279,7 +279,7 @@ def loss_and_gradient(
     Raises:
         ValueError: as `train_step`.
     """
-    return _observed_loss_and_gradient(model, batch, config, _edits_only(tap), None)[:2]
+    return _observed_loss_and_gradient(model, batch, config, tap.edits(), None)[:2]
 
 
 def _observed_loss_and_gradient(
@@ -422,17 +422,6 @@ def step_backend(model: LanguageModel, config: StepConfig) -> Backend:
     """How the ops of a step are computed."""
     backend = default_backend(config.compute_dtype or model.dtype)
     return backend if config.scan is None else dataclasses.replace(backend, scan=config.scan)
-
-
-def _edits_only(tap: Tap) -> Tap:
-    """The tap of a step.
-
-    Raises:
-        ValueError: it selects values, which a step does not give back.
-    """
-    if tap.select is not None:
-        raise ValueError("tap.select is given: expected edits alone, a training step gives no values back")
-    return tap
 
 
 def _return_freed_memory() -> None:

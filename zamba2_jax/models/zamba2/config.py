@@ -126,6 +126,8 @@ class Zamba2Config(Mamba2Config):
         Apply it once. Zyphra's fork and transformers 4 do the same when `use_long_context` is set;
         transformers 5 keeps the short base.
         """
+        head_dim = self.attention_head_dim
+        require(head_dim > 2, "attention_heads", self.attention_heads, f"a head dim above 2, not {head_dim}")
         theta = self.rope_theta * long_context_scale(self.attention_head_dim)
         return dataclasses.replace(self, rope_theta=theta, max_position_embeddings=LONG_CONTEXT)
 

@@ -15,6 +15,7 @@ class Zamba2(LanguageModel):
     layer = MambaLayer
     block = SharedBlock
     call = SharedCall
+    mixer_outputs = ("mamba.output",)
 
     @classmethod
     def layer_state(cls, config: Zamba2Config, layer: int, batch: int, capacity: int, dtype: DTypeLike) -> MambaState:
