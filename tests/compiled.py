@@ -9,6 +9,12 @@ from pathlib import Path
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zamba2-jax" / "tests"
 CACHE_BYTES = 2**30
+FLAGS = (
+    "--xla_force_host_platform_device_count=8",
+    # Without the emitters of fusions, and in one piece, programs are generated in two thirds of the time.
+    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_parallel_codegen_split_count=1",
+)
 
 
 def shrink(directory, limit):

@@ -7,9 +7,9 @@ run under the same.
 import os
 from pathlib import Path
 
-from tests.compiled import CACHE, CACHE_BYTES, shrink
+from tests.compiled import CACHE, CACHE_BYTES, FLAGS, shrink
 
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ["XLA_FLAGS"] = " ".join((os.environ.get("XLA_FLAGS", ""), *FLAGS)).strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiling takes three quarters of the tests' time, half of that for programs as fast as users get them. Only where
 # rounding is measured does it matter: see parity/conftest.py.

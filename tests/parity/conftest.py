@@ -16,7 +16,10 @@ for name in (
 
 @pytest.fixture(autouse=True, scope="package")
 def optimized(tmp_path_factory):
-    """Programs as users get them, of this run: optimising changes the order of sums, and so their rounding."""
+    """Optimised programs, of this run: optimising changes the order of sums, and so their rounding.
+
+    The emitters of fusions stay as they are for all tests; see `checked` for programs as users get them.
+    """
     run = tmp_path_factory.getbasetemp()
     run = run.parent if "PYTEST_XDIST_WORKER" in os.environ else run
     with compiled_anew(run / "parity-programs"):

@@ -1,12 +1,13 @@
-import contextlib
 import dataclasses
-import io
 import json
 import math
+import os
+import subprocess
 
 import numpy as np
 import pytest
 
+from tests.helpers import COMMAND
 from zamba2_jax import preset
 from zamba2_jax.checkpoint.hf import save_hf
 from zamba2_jax.cli.parity import Parity
@@ -61,14 +62,17 @@ def test_variant_is_within_the_limits_in_bfloat16(case, gradients):
 
 @pytest.fixture(scope="module")
 def checked(tmp_path_factory):
-    """A checkpoint, what the command prints about it, and the rows that it writes."""
-    directory, printed = tmp_path_factory.mktemp("checked"), io.StringIO()
+    """A checkpoint, what the command prints about it, and the rows that it writes: as users run it."""
+    directory = tmp_path_factory.mktemp("checked")
     save_hf(random_model(SMALL, seed=0), directory / "model")
-    options = Parity(model=directory / "model", batch=8, seq=LENGTH, new_tokens=2, json=directory / "report.json")
-    with contextlib.redirect_stdout(printed):
-        assert options.run() == 0
+    words = f"--model {directory / 'model'} --batch 8 --seq {LENGTH} --new-tokens 2 --json {directory / 'report.json'}"
+    ours = ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS", "JAX_COMPILATION_CACHE_DIR")
+    env = {name: value for name, value in os.environ.items() if name not in ours}
+    env["XDG_CACHE_HOME"] = str(directory)
+    done = subprocess.run([*COMMAND, "parity", *words.split()], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
     (report,) = json.loads((directory / "report.json").read_text())
-    return directory / "model", printed.getvalue(), {row["name"]: row for row in report["rows"]}
+    return directory / "model", done.stdout, {row["name"]: row for row in report["rows"]}
 
 
 def test_the_command_succeeds_on_a_checkpoint_and_prints_every_row(checked):
