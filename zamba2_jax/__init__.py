@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from zamba2_jax.interpret.taps import capture, edits_tap, tap_names
     from zamba2_jax.models.cache import cache_bytes, init_cache
     from zamba2_jax.models.flops import count_flops, count_parameters, match
+    from zamba2_jax.models.mamba2.config import Mamba2LMConfig
+    from zamba2_jax.models.mamba2.model import Mamba2LM
     from zamba2_jax.models.registry import Family, init_model, preset, presets, read_config, register
     from zamba2_jax.models.zamba2.config import Zamba2Config
     from zamba2_jax.models.zamba2.model import Zamba2
@@ -36,6 +38,8 @@ _MODULES = {
     "interpret.taps": "capture edits_tap tap_names",
     "models.cache": "cache_bytes init_cache",
     "models.flops": "count_flops count_parameters match",
+    "models.mamba2.config": "Mamba2LMConfig",
+    "models.mamba2.model": "Mamba2LM",
     "models.registry": "Family init_model preset presets read_config register",
     "models.zamba2.config": "Zamba2Config",
     "models.zamba2.model": "Zamba2",
@@ -54,6 +58,8 @@ __all__ = [
     "Completion",
     "Engine",
     "Family",
+    "Mamba2LM",
+    "Mamba2LMConfig",
     "Request",
     "Sampling",
     "Tap",

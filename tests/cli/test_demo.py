@@ -79,6 +79,7 @@ def test_the_first_error_comes_before_anything_is_written(tmp_path, capsys):
         (["--learning-rate", "-1"], "peak learning rate=-1.0: expected a finite number > 0"),
         (["--preset", "zamba2-9b"], "preset 'zamba2-9b' is unknown, expected one of"),
         (["--preset", "zamba2-tiny"], "--preset is 'zamba2-tiny': expected one of at least 259 tokens, not 97"),
+        (["--preset", "mamba2-nano"], "--preset is 'mamba2-nano': expected one of at least 259 tokens, not 2048, and"),
         (["--prompts", ""], "--prompts holds an empty one: expected text"),
         (["--temperature", "-1"], "--temperature is -1.0"),
         (["--new-tokens", "0"], "--new-tokens is 0"),

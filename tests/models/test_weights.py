@@ -9,7 +9,8 @@ import pytest
 from tests.checkpoint.variants import VARIANTS
 from tests.helpers import abstract_model
 from zamba2_jax import preset
-from zamba2_jax.models.zamba2.weights import Form, ignored, tensors
+from zamba2_jax.models.tensors import Form
+from zamba2_jax.models.zamba2.weights import ignored, tensors
 from zamba2_jax.nn.parameter import named_parameters
 
 SEVEN_B = preset("zamba2-7b")

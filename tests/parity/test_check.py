@@ -125,6 +125,7 @@ def test_a_wrong_model_fails_and_the_command_says_so(checked, monkeypatch, tmp_p
     [
         ({"preset": "zamba2-9b"}, "zamba2-9b.*unknown"),
         ({"variants": (("nope",),)}, "nope.*unknown"),
+        ({"preset": "mamba2-tiny"}, "mamba2-tiny is of model_type 'mamba2': expected 'zamba2'"),
         ({"preset": "zamba2-1.2b", "seq": 0}, "--seq 0"),
         ({"streaming": True}, "--streaming needs"),
         ({"preset": "zamba2-1.2b", "variants": (("untied-head",),)}, "excludes"),

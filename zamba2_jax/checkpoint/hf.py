@@ -39,7 +39,6 @@ _FLOATS: dict[str, np.dtype] = {
 }
 _BLOCK = 1 << 24  # bytes of a file that are in memory at a time
 _SAMPLE = 4096  # bytes of a tensor that a fingerprint reads in two places
-_EMBEDDING = "embed_tokens.weight"
 
 
 def load_hf(
@@ -198,10 +197,7 @@ def _place(parameter: nnx.Param, read: _Reader, mesh: Mesh | None) -> jax.Array:
 
 
 def find_entries(directory: Path) -> dict[str, Entry]:
-    """Every tensor of a checkpoint, from the headers of its files, by its name in the model's table.
-
-    What all names have in front of those of the table, as "module." or "_orig_mod.", is left out; where all lack
-    "model.", but for the head, it is put there.
+    """Every tensor of a checkpoint by its name, from the headers of its files.
 
     Raises:
         FileNotFoundError: there are no weights.
@@ -234,21 +230,7 @@ def find_entries(directory: Path) -> dict[str, Entry]:
                     entries[name] = Entry(name, file, tuple(view.get_shape()), view.get_dtype())
         except SafetensorError as error:
             raise ValueError(f"{file} is not a valid safetensors file: {error}") from error
-    return _without_prefix(entries)
-
-
-def _without_prefix(entries: dict[str, Entry]) -> dict[str, Entry]:
-    """Tensors by their names without what stands before all of them."""
-    found = [name for name in entries if name.endswith(_EMBEDDING)]
-    if len(found) != 1 or found[0] == f"model.{_EMBEDDING}":
-        return entries
-    prefix = found[0].removesuffix(_EMBEDDING).removesuffix("model.")
-    if not all(name.startswith(prefix) for name in entries):
-        return entries
-    renamed = {name.removeprefix(prefix): entry for name, entry in entries.items()}
-    if _EMBEDDING in renamed:
-        renamed = {name if name.startswith("lm_head.") else f"model.{name}": entry for name, entry in renamed.items()}
-    return renamed
+    return entries
 
 
 def fingerprint(directory: Path) -> str:
@@ -299,9 +281,15 @@ def _indexed_files(directory: Path) -> list[Path]:
 
 
 def match(config: ModelConfig, entries: dict[str, Entry]) -> tuple[list[tuple[Tensor, Entry]], list[str]]:
-    """Pairs the model's table with what the files hold; and what is wrong about it, a line each."""
+    """Pairs the model's table with what the files hold; and what is wrong about it, a line each.
+
+    What all names have in front of those of the table, as "module." or "_orig_mod.", is left out; where all lack what
+    the table has before its embedding, "model." say, but for the head, it is put there.
+    """
     found, problems, used = [], [], set()
-    for tensor in family_of(config).tensors(config):
+    table = family_of(config).tensors(config)
+    entries = _named_as(table, entries)
+    for tensor in table:
         names = [name for name in (tensor.name, *tensor.aliases) if name in entries]
         used.update(names)
         if not names:
@@ -322,6 +310,28 @@ def match(config: ModelConfig, entries: dict[str, Entry]) -> tuple[list[tuple[Te
             problems += [f"{name}: differs from {entry.name}, to which it is tied" for name in differing]
     extra = sorted(name for name in set(entries) - used if not family_of(config).ignored(config, name))
     return found, problems + [f"{entries[name].name}: unexpected" for name in extra]
+
+
+def _named_as(table: list[Tensor], entries: dict[str, Entry]) -> dict[str, Entry]:
+    """Tensors by their names in the table, without what stands before all of them."""
+    embedding = next(tensor for tensor in table if tensor.parts and tensor.parts[0].path == "embed")
+    found = [
+        (entry, root, name)
+        for root, _, name in (known.partition(".") for known in (embedding.name, *embedding.aliases))
+        for entry in entries
+        if f".{entry}".endswith(f".{name}")
+    ]
+    if len(found) != 1 or found[0][0] == ".".join(found[0][1:]):
+        return entries
+    entry, root, name = found[0]
+    prefix = entry.removesuffix(name).removesuffix(f"{root}.")
+    if not all(other.startswith(prefix) for other in entries):
+        return entries
+    renamed = {other.removeprefix(prefix): of for other, of in entries.items()}
+    if name in renamed:
+        known = {known for tensor in table for known in (tensor.name, *tensor.aliases, *tensor.copies)}
+        renamed = {other if other in known else f"{root}.{other}": of for other, of in renamed.items()}
+    return renamed
 
 
 def _equal(first: Entry, second: Entry) -> bool:

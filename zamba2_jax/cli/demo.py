@@ -181,9 +181,11 @@ class Demo:
         """Checks what is not checked before the training starts otherwise."""
         from zamba2_jax.text.vocabulary import MIN_VOCAB_SIZE
 
-        vocab_size = preset(self.preset).vocab_size
+        config = preset(self.preset)
+        fits = config.vocab_size >= MIN_VOCAB_SIZE and config.num_calls
+        rule = f"one of at least {MIN_VOCAB_SIZE} tokens, not {config.vocab_size}, and with shared blocks"
         rules = {
-            "preset": (vocab_size >= MIN_VOCAB_SIZE, f"one of at least {MIN_VOCAB_SIZE} tokens, not {vocab_size}"),
+            "preset": (fits, rule),
             "seed": (0 <= self.seed < 2**31, "an integer in [0, 2^31)"),
             "batch": (self.batch >= 1, "at least 1"),
             "seq": (self.seq >= 9, "at least 9, the room for copying three symbols"),

@@ -16,7 +16,7 @@ from zamba2_jax.ops.backend import XLA, Backend, default_backend
 from zamba2_jax.ops.segments import document_positions
 from zamba2_jax.parallel.mesh import constrain
 from zamba2_jax.parallel.sharded_ops import embed, row_axes
-from zamba2_jax.typing import Array, Bool, DTypeLike, Float, Int
+from zamba2_jax.typing import Array, Bool, DTypeLike, Float, Int, at_least_fp32
 
 
 class Pass(NamedTuple):
@@ -192,8 +192,10 @@ class LanguageModel(nnx.Module):
         backend = default_backend(dtype) if backend is None else backend
         context = Context(positions, segment_ids, backend=backend, tap=tap, is_step=is_step)
         embedded = constrain(embedded, *row_axes(len(embedded), cached=cache is not None), None)
-        run = run_layers(self, embedded, embedded, context, cache, options, observe, observed)
-        h = tap("final_norm", backend.rms_norm(run.h, self.norm[...], self.config.rms_norm_eps))
+        h = embedded.astype(at_least_fp32(embedded.dtype)) if self.config.residual_in_fp32 else embedded
+        run = run_layers(self, h, embedded, context, cache, options, observe, observed)
+        h = backend.rms_norm(run.h, self.norm[...], self.config.rms_norm_eps).astype(embedded.dtype)
+        h = tap("final_norm", h)
         if cache is not None:
             added = embedded.shape[1] if segment_ids is None else (segment_ids != 0).sum(axis=1, dtype=jnp.int32)
             cache = placed(Cache(run.states, run.call_states, cache.lengths + added))

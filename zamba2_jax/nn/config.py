@@ -112,6 +112,11 @@ class ModelConfig:
         """How many times a shared block runs: the number of hybrid layers."""
         return len(self.hybrid_layers)
 
+    @property
+    def residual_in_fp32(self) -> bool:
+        """Whether the residual stream is held in at least float32, whatever the compute dtype is."""
+        return False
+
     def with_num_layers(self, num_layers: int) -> "ModelConfig":
         """The same architecture with another depth.
 
@@ -172,6 +177,16 @@ class Mamba2Config(ModelConfig):
         require(numbers and 0 <= limit[0] < limit[1], "time_step_limit", limit, "two numbers, 0 <= low < high")
         low, high = self.time_step_min, self.time_step_max
         require(low <= high, "time_step_min", low, f"at most time_step_max = {high}")
+
+    @property
+    def gated_norm_eps(self) -> float:
+        """Epsilon of the norm inside a block: a constant of mamba_ssm, where a family does not say otherwise."""
+        return 1e-5
+
+    @property
+    def use_conv_bias(self) -> bool:
+        """Whether the convolutions have biases."""
+        return True
 
     @property
     def inner_size(self) -> int:

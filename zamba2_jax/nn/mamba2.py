@@ -27,9 +27,6 @@ from zamba2_jax.ops.ssd import ssd_step
 from zamba2_jax.parallel.sharded_ops import causal_conv1d, ssd
 from zamba2_jax.typing import Array, DTypeLike, Float, at_least_fp32
 
-GATED_NORM_EPS = 1e-5
-"""Epsilon of the norm inside a Mamba2 block: a constant of the reference, not `rms_norm_eps`."""
-
 
 class Mamba2(nnx.Module):
     """Gated state-space mixer: project, convolve, scan, gate and norm, project back.
@@ -53,8 +50,8 @@ class Mamba2(nnx.Module):
         self.in_dt_bias = optional_bias(config, rngs, h, dtype, "heads")
         self.conv_x = param(rngs, matrix, (config.d_conv, e), (None, "inner"), dtype)
         self.conv_bc = param(rngs, matrix, (config.d_conv, bc), (None, None), dtype)
-        self.conv_x_bias = bias(rngs, e, dtype, "inner")
-        self.conv_bc_bias = bias(rngs, bc, dtype)
+        self.conv_x_bias = bias(rngs, e, dtype, "inner") if config.use_conv_bias else None
+        self.conv_bc_bias = bias(rngs, bc, dtype) if config.use_conv_bias else None
         self.dt_bias = param(rngs, dt_init, (h,), ("heads",), dtype)
         self.A_log = param(rngs, log_one_to_n, (h,), ("heads",), dtype)
         self.D = param(rngs, ones, (h,), ("heads",), dtype)
@@ -69,8 +66,9 @@ class Mamba2(nnx.Module):
         before_x, before_bc, before = (None,) * 3 if state is None else (state.conv_x, state.conv_bc, state.ssm)
         z, x, bc, dt = self._project(u, context)
         convolve = partial(causal_conv1d, activation="silu", segment_ids=context.segment_ids, backend=context.backend)
-        x, conv_x = convolve(x, self.conv_x[...], self.conv_x_bias[...], "inner", initial_state=before_x)
-        bc, conv_bc = convolve(bc, self.conv_bc[...], self.conv_bc_bias[...], None, initial_state=before_bc)
+        x_bias, bc_bias = self._conv_biases()
+        x, conv_x = convolve(x, self.conv_x[...], x_bias, "inner", initial_state=before_x)
+        bc, conv_bc = convolve(bc, self.conv_bc[...], bc_bias, None, initial_state=before_bc)
         inputs = self._scan_inputs(x, dt, bc, context.tap)
         y, ssm = ssd(*inputs, initial_state=before, segment_ids=context.segment_ids, backend=context.backend)
         return self._gate_and_project(y, z, context), _state(conv_x, conv_bc, ssm, context.tap)
@@ -83,8 +81,9 @@ class Mamba2(nnx.Module):
             return stepped
         z, x, bc, dt = self._project(u, context)
         convolve = partial(causal_conv1d_step, activation="silu", custom_gradient=context.backend.custom_gradients)
-        x, conv_x = convolve(x, self.conv_x[...], self.conv_x_bias[...], state.conv_x)
-        bc, conv_bc = convolve(bc, self.conv_bc[...], self.conv_bc_bias[...], state.conv_bc)
+        x_bias, bc_bias = self._conv_biases()
+        x, conv_x = convolve(x, self.conv_x[...], x_bias, state.conv_x)
+        bc, conv_bc = convolve(bc, self.conv_bc[...], bc_bias, state.conv_bc)
         y, ssm = ssd_step(*self._scan_inputs(x, dt, bc, context.tap), state=state.ssm)
         return self._gate_and_project(y, z, context), _state(conv_x, conv_bc, ssm, context.tap)
 
@@ -108,7 +107,7 @@ class Mamba2(nnx.Module):
         )
         groups = len(u), self.config.ngroups, -1
         scale = self.norm[...].reshape(groups[1:])
-        y = context.backend.rms_norm(y.reshape(groups), scale, GATED_NORM_EPS).reshape(y.shape)
+        y = context.backend.rms_norm(y.reshape(groups), scale, self.config.gated_norm_eps).reshape(y.shape)
         return linear(y, self.out, backend=context.backend), MambaState(conv_x=conv_x, conv_bc=conv_bc, ssm=ssm)
 
     def _project(self, u: Array, context: Context) -> tuple[Array, Array, Array, Array]:
@@ -121,6 +120,12 @@ class Mamba2(nnx.Module):
         dt = jnp.clip(jax.nn.softplus(dt + self.dt_bias[...]), *self.config.time_step_limit)
         return z, x, bc, context.tap("dt", dt)
 
+    def _conv_biases(self) -> tuple[Array, Array]:
+        """Of the convolutions over x and over (B, C); zeros where there are none."""
+        biases = (self.conv_x_bias, self.conv_x), (self.conv_bc_bias, self.conv_bc)
+        x, bc = (jnp.zeros(taps.shape[1], at_least_fp32(taps.dtype)) if b is None else b[...] for b, taps in biases)
+        return x, bc
+
     def _scan_inputs(self, x: Array, dt: Array, bc: Array, tap: Tap) -> tuple[Array, ...]:
         """The arguments of the scan, from the convolution's outputs [..., e] and [..., 2gn]."""
         c = self.config
@@ -132,7 +137,7 @@ class Mamba2(nnx.Module):
 
     def _gate_and_project(self, y: Array, z: Array, context: Context) -> Array:
         y, groups = context.tap("y", y).reshape(z.shape), self.config.ngroups
-        y = context.backend.gated_rms_norm(y, z, self.norm[...], groups, GATED_NORM_EPS)
+        y = context.backend.gated_rms_norm(y, z, self.norm[...], groups, self.config.gated_norm_eps)
         return context.tap("output", linear(y, self.out, self.out_bias, backend=context.backend))
 
 
@@ -165,7 +170,10 @@ class MambaLayer(nnx.Module):
     ) -> tuple[Float[Array, "b t d"], MambaState]:
         """The layer over whole rows, or one token of each, from `state` (zeros by default), and the state after."""
         u = h if shared_output is None else h + shared_output
-        u = context.tap("mamba.input", context.backend.rms_norm(u, self.norm[...], self.config.rms_norm_eps))
+        u = context.backend.rms_norm(u, self.norm[...], self.config.rms_norm_eps)
+        if self.config.residual_in_fp32:
+            u = u.astype(self.mamba.conv_x.dtype)
+        u = context.tap("mamba.input", u)
         inside = context.scoped("mamba")
         if context.is_step:
             assert state is not None

@@ -43,6 +43,9 @@ class Case:
         batch: rows. Rounding errors of a row go together: with few rows their ratio on two sides is a matter of luck.
         seq: tokens per row.
         left_padding: padding at the start of each row; none by default.
+
+    Raises:
+        ValueError: the architecture is of another family.
     """
 
     name: str
@@ -50,6 +53,13 @@ class Case:
     batch: int = 8
     seq: int = 45
     left_padding: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.config.model_type != Zamba2Config.model_type:
+            raise ValueError(
+                f"{self.name} is of model_type {self.config.model_type!r}: expected {Zamba2Config.model_type!r}, the "
+                "only one that this comparison knows"
+            )
 
     def tokens(self, seed: int) -> Batch:
         """A random batch."""

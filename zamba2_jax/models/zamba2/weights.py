@@ -6,7 +6,8 @@ residual stream and what reads the embeddings, side by side.
 
 from collections.abc import Iterator
 
-from zamba2_jax.models.tensors import Form, Part, Tensor
+from zamba2_jax.models.mamba2.weights import mixer_tensors
+from zamba2_jax.models.tensors import Part, Tensor
 from zamba2_jax.models.zamba2.config import Zamba2Config
 from zamba2_jax.nn.config import HybridPlan
 
@@ -51,39 +52,17 @@ def _tensor(name: str, aliases: tuple[str, ...], shape: tuple[int, ...], *parts:
 
 
 def _mamba_tensors(config: Zamba2Config, layer: int, hybrid: HybridPlan | None) -> Iterator[Tensor]:
-    d, e, bc, h = config.hidden_size, config.inner_size, config.bc_size, config.mamba_heads
+    d, ours = config.hidden_size, f"layers.{layer}."
     current = f"model.layers.{layer}." + ("" if hybrid is None else "mamba_decoder.")
     old = f"model.mamba_layers.{layer}."
-    ours = f"layers.{layer}."
 
-    def tensor(name: str, tail: tuple[int, ...], *parts: tuple[str, int], also: str = "") -> Tensor:
-        aliases = (old + name, *([old + also] if also else []))
-        shape = (sum(rows for _, rows in parts), *tail)
-        return _tensor(current + name, aliases, shape, *((ours + path, rows) for path, rows in parts))
+    def names(name: str) -> tuple[str, ...]:
+        """Of a tensor of the mixer; the in projection has had two names."""
+        also = [name.replace("in_proj.", "in_proj.0.")] if name.startswith("in_proj.") else []
+        return (f"{current}mamba.{name}", *(f"{old}mamba.{other}" for other in (name, *also)))
 
-    in_parts = [("in_z", e), ("in_x", e), ("in_bc", bc), ("in_dt", h)]
-    yield tensor("input_layernorm.weight", (), ("norm", d))
-    yield tensor(
-        "mamba.in_proj.weight",
-        (d,),
-        *((f"mamba.{part}", rows) for part, rows in in_parts),
-        also="mamba.in_proj.0.weight",
-    )
-    if config.add_bias_linear:
-        yield tensor(
-            "mamba.in_proj.bias",
-            (),
-            *((f"mamba.{part}_bias", rows) for part, rows in in_parts),
-            also="mamba.in_proj.0.bias",
-        )
-        yield tensor("mamba.out_proj.bias", (), ("mamba.out_bias", d))
-    taps = tensor("mamba.conv1d.weight", (1, config.d_conv), ("mamba.conv_x", e), ("mamba.conv_bc", bc))
-    yield taps._replace(form=Form.CONV)
-    yield tensor("mamba.conv1d.bias", (), ("mamba.conv_x_bias", e), ("mamba.conv_bc_bias", bc))
-    for vector in ("A_log", "D", "dt_bias"):
-        yield tensor(f"mamba.{vector}", (), (f"mamba.{vector}", h))
-    yield tensor("mamba.norm.weight", (), ("mamba.norm", e))
-    yield tensor("mamba.out_proj.weight", (e,), ("mamba.out", d))
+    yield _tensor(f"{current}input_layernorm.weight", (f"{old}input_layernorm.weight",), (d,), (f"{ours}norm", d))
+    yield from mixer_tensors(config, f"{ours}mamba.", names)
 
 
 def _call_tensors(config: Zamba2Config, layer: int, hybrid: HybridPlan) -> Iterator[Tensor]:

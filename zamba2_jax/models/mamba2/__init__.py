@@ -1,0 +1,1 @@
+"""Mamba2 (arXiv:2405.21060) as a language model of its own: its architecture, config.json, weights and model."""
