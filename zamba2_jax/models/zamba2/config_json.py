@@ -1,10 +1,10 @@
 """The config.json of Zamba2: every published generation in, that of transformers 5 out."""
 
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from zamba2_jax.models.config_json import check_rest, drop_unknown_tokens, take_fields, take_fixed
 from zamba2_jax.models.zamba2.config import LONG_CONTEXT, Zamba2Config, long_context_scale
 from zamba2_jax.nn.config import is_finite, require, require_positive_int
 
@@ -63,43 +63,8 @@ _HF_FIXED: dict[str, tuple[Any, ...]] = {
     "pruned_heads": ({}, None),
 }
 
-# Keys with no bearing on the numbers: performance hints of other implementations, generation and bookkeeping.
-_HF_IGNORED = frozenset(
-    """
-    architectures auto_map dtype torch_dtype transformers_version _name_or_path _attn_implementation
-    _attn_implementation_autoset _commit_hash attn_implementation name_or_path
-    use_cache num_logits_to_keep use_mamba_kernels use_mem_eff_path chunk_size lora_rank_mamba
-    output_attentions output_hidden_states output_scores return_dict return_dict_in_generate torchscript use_bfloat16
-    chunk_size_feed_forward problem_type id2label label2id num_labels task_specific_params tokenizer_class prefix
-    tf_legacy_loss finetuning_task cross_attention_hidden_size is_decoder tie_encoder_decoder sep_token_id
-    decoder_start_token_id max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty
-    temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
-    encoder_no_repeat_ngram_size bad_words_ids num_return_sequences forced_bos_token_id forced_eos_token_id
-    remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
-    """.split()
-)
-
-
-# Words of architectures and of how they are computed. An unknown key that has one of them is refused; one without is a
-# note of some tool or person.
-_MODEL_WORDS = frozenset(
-    """
-    hidden size sizes layer layers head heads dim dims width depth norm norms layernorm rms eps epsilon act activation
-    attn attention mamba mamba2 ssm conv conv1d kernel rope rotary theta bias dropout scale scaling factor init
-    initializer range mlp ffn ff intermediate expert experts moe router routing topk window sliding local global chunk
-    embedding embeddings embed position positions positional max mem memory block blocks shared share adapter adapters
-    lora rank state states group groups query key value kv qkv q k v o logit logits softcap softcapping cap residual
-    multiplier tie tied untie vocab dt time gate gated gating flash mode use num n expand expansion parallel sparse
-    dense alibi mup quantization quant quantized bits float16 bfloat16 fp16 fp8 int8 pretraining attn_mode causal
-    bidirectional mask recurrent delta proj projection
-    """.split()
-)
-# Known notes whose names have such words.
-_NOTES = frozenset("model_max_length pretraining_tp".split())
-
-
-def _could_change_numbers(key: str) -> bool:
-    return key not in _NOTES and not _MODEL_WORDS.isdisjoint(key.lower().strip("_").split("_"))
+# Keys with no bearing on the numbers, beside those of every model.
+_HF_HINTS = frozenset("use_mamba_kernels use_mem_eff_path chunk_size lora_rank_mamba".split())
 
 
 def read_json(hf: dict[str, Any]) -> Zamba2Config:
@@ -111,14 +76,7 @@ def read_json(hf: dict[str, Any]) -> Zamba2Config:
         ValueError: a key is missing, or has a value this model cannot honour, or is unknown and could change what the
             model computes.
     """
-    fields: dict[str, Any] = {}
-    for field, names in _HF_NAMES.items():
-        found = {name: hf.pop(name) for name in names if name in hf}
-        values = list(found.values())
-        if any(value != values[0] for value in values):
-            raise ValueError(f"config keys {found} name one value and disagree")
-        if values and (values[0] is not None or field.endswith("_token_id")):
-            fields[field] = values[0]
+    fields = take_fields(hf, _HF_NAMES)
     for required in ("hidden_size", "num_layers", "attention_heads"):
         if required not in fields:
             raise ValueError(f"config has no {_HF_NAMES[required][0]!r}, expected an integer")
@@ -126,27 +84,15 @@ def read_json(hf: dict[str, Any]) -> Zamba2Config:
         if field in fields:
             require_positive_int(field, fields[field])
     vocab_size = fields.get("vocab_size", Zamba2Config.vocab_size)
-    for token in {"pad_token_id", "bos_token_id", "eos_token_id"} & set(fields):
-        # Some published files name ids just past the embedding (32001, 32002), or -1: no such token can be fed.
-        value = fields[token]
-        listed = value if isinstance(value, list) and token == "eos_token_id" else [value]
-        known = [id_ for id_ in listed if not isinstance(id_, int) or 0 <= id_ < vocab_size]
-        fields[token] = known[0] if len(known) == 1 else tuple(known) or None
+    drop_unknown_tokens(fields, vocab_size)
     fields.setdefault("kv_heads", fields["attention_heads"])
     fields.setdefault("ffn_size", 4 * fields["hidden_size"])
     fields["hybrid_layer_ids"] = _hybrid_layer_ids(hf, fields["num_layers"])
     _resolve_mamba_heads(hf, fields)
     _resolve_time_step_limit(hf, fields)
     _resolve_rope(hf, fields)
-    for key, allowed in _HF_FIXED.items():
-        if key in hf and hf.pop(key) not in allowed:
-            raise ValueError(f"config key {key!r} has a value this model does not support, expected {allowed[0]!r}")
-    unknown = sorted(key for key in hf if key not in _HF_IGNORED and key not in _HF_DERIVED and hf[key] is not None)
-    unsafe = [key for key in unknown if _could_change_numbers(key)]
-    if unsafe:
-        raise ValueError(f"config keys {unsafe} are unknown and could change what the model computes")
-    if unknown:
-        warnings.warn(f"config keys {unknown} are unknown and left out: they do not describe the model", stacklevel=3)
+    take_fixed(hf, _HF_FIXED)
+    check_rest(hf, {*_HF_DERIVED, *_HF_HINTS})
     config = Zamba2Config(**fields)
     for key, derive in _HF_DERIVED.items():
         if hf.get(key) is not None and hf[key] != derive(config):
