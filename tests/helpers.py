@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.experimental.compilation_cache import compilation_cache
 
-from zamba2_jax import Zamba2, preset
+from zamba2_jax import init_model, preset
 
 COMMAND = [
     sys.executable,
@@ -53,7 +53,7 @@ def random_tokens(config, *shape, seed=0):
 
 @cache
 def abstract_model(config, dtype=jnp.float32):
-    return jax.eval_shape(lambda: Zamba2(config, rngs=nnx.Rngs(0), dtype=dtype))
+    return jax.eval_shape(lambda: init_model(config, rngs=nnx.Rngs(0), dtype=dtype))
 
 
 def random_model(config=TINY, dtype=jnp.float32, seed=0):

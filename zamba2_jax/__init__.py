@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from zamba2_jax.models.cache import cache_bytes, init_cache
     from zamba2_jax.models.flops import count_flops, count_parameters, match
     from zamba2_jax.models.registry import Family, init_model, preset, presets, read_config, register
+    from zamba2_jax.models.transformer.config import LlamaConfig, MistralConfig
+    from zamba2_jax.models.transformer.model import Transformer
     from zamba2_jax.models.zamba2.config import Zamba2Config
     from zamba2_jax.models.zamba2.model import Zamba2
     from zamba2_jax.nn.cache import Cache, fork
@@ -37,6 +39,8 @@ _MODULES = {
     "models.cache": "cache_bytes init_cache",
     "models.flops": "count_flops count_parameters match",
     "models.registry": "Family init_model preset presets read_config register",
+    "models.transformer.config": "LlamaConfig MistralConfig",
+    "models.transformer.model": "Transformer",
     "models.zamba2.config": "Zamba2Config",
     "models.zamba2.model": "Zamba2",
     "nn.cache": "Cache fork",
@@ -54,10 +58,13 @@ __all__ = [
     "Completion",
     "Engine",
     "Family",
+    "LlamaConfig",
+    "MistralConfig",
     "Request",
     "Sampling",
     "Tap",
     "Token",
+    "Transformer",
     "Zamba2",
     "Zamba2Config",
     "cache_bytes",

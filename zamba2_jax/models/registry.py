@@ -46,7 +46,11 @@ class Family:
     forward_flops: Callable[[Any, int], ForwardFlops]
 
 
-_OWN = {"zamba2": "zamba2_jax.models.zamba2.family"}
+_OWN = {
+    "zamba2": "zamba2_jax.models.zamba2.family",
+    "llama": "zamba2_jax.models.transformer.llama",
+    "mistral": "zamba2_jax.models.transformer.mistral",
+}
 _registered: dict[str, Family] = {}
 
 
