@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from zamba2_jax.models.mamba2.config import Mamba2LMConfig
     from zamba2_jax.models.mamba2.model import Mamba2LM
     from zamba2_jax.models.registry import Family, init_model, preset, presets, read_config, register
+    from zamba2_jax.models.transformer.config import LlamaConfig, MistralConfig
+    from zamba2_jax.models.transformer.model import Transformer
     from zamba2_jax.models.zamba2.config import Zamba2Config
     from zamba2_jax.models.zamba2.model import Zamba2
     from zamba2_jax.nn.cache import Cache, fork
@@ -41,6 +43,8 @@ _MODULES = {
     "models.mamba2.config": "Mamba2LMConfig",
     "models.mamba2.model": "Mamba2LM",
     "models.registry": "Family init_model preset presets read_config register",
+    "models.transformer.config": "LlamaConfig MistralConfig",
+    "models.transformer.model": "Transformer",
     "models.zamba2.config": "Zamba2Config",
     "models.zamba2.model": "Zamba2",
     "nn.cache": "Cache fork",
@@ -58,12 +62,15 @@ __all__ = [
     "Completion",
     "Engine",
     "Family",
+    "LlamaConfig",
     "Mamba2LM",
     "Mamba2LMConfig",
+    "MistralConfig",
     "Request",
     "Sampling",
     "Tap",
     "Token",
+    "Transformer",
     "Zamba2",
     "Zamba2Config",
     "cache_bytes",

@@ -43,14 +43,15 @@ def arguments(rows=b, length=t, heads=h, kv_heads=kv):
     return normal(rows, length, heads, p), *(normal(rows, length, kv_heads, p, seed=seed) for seed in (1, 2))
 
 
-def by_documents(q, k, v, segment_ids):
+def by_documents(q, k, v, segment_ids, window=None):
     """What `causal_attention` says at real tokens; 0 at padding."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     out = np.zeros_like(q)
     for row, ids in enumerate(segment_ids):
         for times in documents(ids):
             for count, i in enumerate(times, start=1):
-                out[row, i] = attend(q[row, i], k[row, times[:count]], v[row, times[:count]])
+                seen = times[max(0, count - (window or count)) : count]
+                out[row, i] = attend(q[row, i], k[row, seen], v[row, seen])
     return out
 
 
@@ -101,6 +102,31 @@ def test_cache_takes_rows_in_pieces(rounding):
         for got, x in zip(cached, (k, v), strict=True):
             np.testing.assert_array_equal(np.asarray(got)[row, :, :length], x[row, :length].swapaxes(0, 1))
             assert (np.asarray(got)[row, :, length:] == k.dtype.type(1e30)).all()
+
+
+@pytest.mark.parametrize("window", [1, 2, 5, 6])
+def test_a_ring_takes_rows_in_pieces(rounding, window):
+    """Row 0 takes tokens 4 + 1 + 1, row 1 takes 2 + 1 + 3, padded, next to slots that hold anything."""
+    q, k, v = map(np.asarray, arguments())
+    expected = by_documents(q, k, v, np.ones((b, t)), window)
+    ring, take = (
+        [np.full_like(k, 1e30, shape=(b, kv, window, p))] * 2,
+        jax.jit(partial(ops.window_attention, scale=SCALE)),
+    )
+    lengths = np.zeros(b, int)
+    for size, taken in ((4, [4, 2]), (1, [1, 1]), (3, [1, 3])):
+        slots = lengths[:, None] + np.arange(size)
+        real = np.arange(size) < np.array(taken)[:, None]
+        piece = [np.stack([x[row][slots[row] % t] for row in range(b)]) for x in (q, k, v)]
+        out, *ring = take(*piece, *ring, slots, real)
+        for row in range(b):
+            assert_close(
+                np.asarray(out)[row, : taken[row]], expected[row, lengths[row] : lengths[row] + taken[row]], rounding
+            )
+        lengths += taken
+    for got, x in zip(ring, (k, v), strict=True):
+        for i in range(t - window, t):
+            np.testing.assert_array_equal(np.asarray(got)[:, :, i % window], x[:, i])
 
 
 @pytest.mark.parametrize(
@@ -180,13 +206,14 @@ def rows_of(length):
     return np.stack([time // 8 + 1, np.where(time % 13 < 3, 0, time // 13 + 1), np.zeros(length, int)])
 
 
-def at_once(q, k, v, segment_ids, scale=SCALE):
+def at_once(q, k, v, segment_ids, scale=SCALE, window=None):
     """All scores at once, written another way than the op: k and v repeated, a mask for all pairs."""
     length, repeats = q.shape[1], q.shape[2] // k.shape[2]
     k, v = (jnp.repeat(x, repeats, axis=2) for x in (k, v))
     index = ops.segments.document_index(segment_ids)
     visible = jnp.tril(jnp.ones((length, length), bool)) & (index[:, :, None] == index[:, None])
     visible &= (segment_ids != 0)[:, :, None] == (segment_ids != 0)[:, None]
+    visible &= jnp.arange(length)[:, None] - jnp.arange(length) < (window or length)
     scores = jnp.where(visible[:, None], jnp.einsum("bthp,buhp->bhtu", q, k) * scale, -jnp.inf)
     return jnp.einsum("bhtu,buhp->bthp", jax.nn.softmax(scores), v)
 
@@ -196,23 +223,43 @@ def with_gradients(function, weights, *arguments):
     return out, *pull(weights)
 
 
-@pytest.mark.parametrize(("length", "packed"), [(4, True), (11, True), (30, True), (30, False)])
-def test_blocks_equal_all_at_once(monkeypatch, rounding, length, packed):
+@pytest.mark.parametrize(
+    ("length", "packed", "window"),
+    [
+        *((length, packed, None) for length, packed in ((4, True), (11, True), (30, True), (30, False))),
+        *((length, True, window) for length, window in ((11, 4), (30, 1), (30, 6))),
+    ],
+)
+def test_blocks_equal_all_at_once(monkeypatch, rounding, length, packed, window):
     """Values and gradients of two, and of four blocks that are written out, and of three spans with a rest."""
     monkeypatch.setattr(attention_xla, "BLOCK", 4)
     monkeypatch.setattr(attention_xla, "SMALLEST", 2)
     monkeypatch.setattr(attention_xla, "SPANS", 3)
     ids = jnp.asarray(rows_of(length)) if packed else None
 
-    def blocks(q, k, v):
-        return ops.causal_attention(q, k, v, SCALE, ids, implementation="xla")
+    def blocks(q, k, v, implementation="xla"):
+        return ops.causal_attention(q, k, v, SCALE, ids, implementation=implementation, window=window)
 
     def expected(q, k, v):
-        return at_once(q, k, v, ids if packed else jnp.ones((3, length), int))
+        return at_once(q, k, v, ids if packed else jnp.ones((3, length), int), window=window)
 
     inputs = normal(3, length, 4, p, seed=3), *arguments(3, length, 4, 2)
     got, right = (jax.jit(lambda *a, f=f: with_gradients(f, *a))(*inputs) for f in (blocks, expected))
     assert_close(got, right, 4 * rounding)
+    if window is not None:
+        plain = jax.jit(partial(blocks, implementation="plain"))
+        assert_close(plain(*inputs[1:]), right[0], 4 * rounding)
+
+
+@pytest.mark.parametrize(("length", "first"), [(16, 8), (33, 20)])
+def test_no_block_reads_keys_out_of_its_window(monkeypatch, length, first):
+    """Written out, and in a loop with a rest: what is read counts in a product, if with weight 0."""
+    monkeypatch.setattr(attention_xla, "BLOCK", 4)
+    monkeypatch.setattr(attention_xla, "SMALLEST", 2)
+    q, k, v = arguments(length=length)
+    k, v = (x.at[:, : first - 2].set(jnp.nan) for x in (k, v))
+    attend = jax.jit(partial(ops.causal_attention, scale=SCALE, implementation="xla", window=3))
+    assert_finite(attend(q, k, v)[:, first:])
 
 
 def test_memory_is_linear_in_the_length(monkeypatch):
@@ -227,17 +274,17 @@ def test_memory_is_linear_in_the_length(monkeypatch):
     assert memory(8192) < 2.2 * memory(4096)
 
 
-@pytest.mark.parametrize(("length", "kv_heads"), [(20, 4), (600, 2)])
-def test_splash_equals_all_at_once(length, kv_heads):
+@pytest.mark.parametrize(("length", "kv_heads", "window"), [(20, 4, None), (600, 2, None), (600, 2, 70)])
+def test_splash_equals_all_at_once(length, kv_heads, window):
     q, k, v = arguments(3, length, 4, kv_heads)
     weights, ids = normal(3, length, 4, p, seed=3), jnp.asarray(rows_of(length))
     tags = 2 * ops.segments.document_index(ids) + (ids != 0)
 
     def splash(q, k, v):
-        return attention_splash.attention_splash(q, k, v, tags, SCALE, interpret=True)
+        return attention_splash.attention_splash(q, k, v, tags, SCALE, window, interpret=True)
 
     got = jax.jit(lambda *a: with_gradients(splash, *a))(weights, q, k, v)
-    expected = jax.jit(lambda *a: with_gradients(lambda *a: at_once(*a, ids), *a))(weights, q, k, v)
+    expected = jax.jit(lambda *a: with_gradients(lambda *a: at_once(*a, ids, window=window), *a))(weights, q, k, v)
     assert_close(got, expected, 4e-6)
 
 
@@ -270,6 +317,16 @@ def test_what_an_implementation_does_not_do_is_refused(unchecked, implementation
     x = jnp.zeros(shape, dtype)
     with pytest.raises(ValueError, match=message):
         ops.causal_attention(x, x, x, 1.0, ids, implementation=implementation)
+
+
+def test_windows_that_are_refused():
+    x = jnp.zeros((1, 8, 2, 16), jnp.bfloat16)
+    with pytest.raises(ValueError, match="window=0: expected at least 1"):
+        ops.causal_attention(x, x, x, 1.0, window=0)
+    with pytest.raises(ValueError, match="window=3 with implementation='cudnn': expected one of xla, splash, plain"):
+        ops.causal_attention(x, x, x, 1.0, implementation="cudnn", window=3)
+    with for_a_gpu("NVIDIA H200"):
+        assert not attention.fits_cudnn(x, None, 3)
 
 
 @pytest.mark.parametrize(

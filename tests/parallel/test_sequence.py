@@ -94,20 +94,20 @@ def test_attend_to_short_rows(parts):
     attend_in_parts(inputs, ROWS, parts)
 
 
-@pytest.mark.parametrize("packed", [True, False])
-def test_attend_in_blocks(monkeypatch, packed):
-    """Parts of two blocks and a rest, that see up to three spans."""
+@pytest.mark.parametrize(("packed", "window"), [(True, None), (False, None), (True, 6), (False, 14)])
+def test_attend_in_blocks(monkeypatch, packed, window):
+    """Parts of two blocks and a rest, that see up to three spans, or a window that reaches into the part before."""
     monkeypatch.setattr(attention_xla, "BLOCK", 4)
     monkeypatch.setattr(attention_xla, "SPANS", 3)
     b, t, h, kv, p = 2, 33, 4, 2, 3
     inputs = normal(b, t, h, p), *(normal(b, t, kv, p, seed=i) for i in (1, 2))
     rows = jnp.asarray(np.repeat([[1] * 6 + [2] * 3, [0] + [3] * 6 + [4] * 2], [3, 3, 3, 3, 4, 4, 4, 4, 5], axis=1))
-    attend_in_parts(inputs, rows if packed else None, 3)
+    attend_in_parts(inputs, rows if packed else None, 3, window)
 
 
-def attend_in_parts(inputs, rows, parts):
+def attend_in_parts(inputs, rows, parts, window=None):
     scale = 0.7
-    attend = partial(sequence.attend, scale=scale)
+    attend = partial(sequence.attend, scale=scale, window=window)
 
     def divided(q, k, v):
         run = in_parts(
@@ -119,7 +119,7 @@ def attend_in_parts(inputs, rows, parts):
         return run(q, k, v, rows)
 
     def whole(q, k, v):
-        return ops.causal_attention(q, k, v, scale, rows, implementation="xla")
+        return ops.causal_attention(q, k, v, scale, rows, implementation="plain", window=window)
 
     assert_same(whole, divided, normal(*inputs[0].shape, seed=3), *inputs)
 

@@ -114,7 +114,8 @@ def save_hf(
     Raises:
         FileExistsError: the directory holds something.
         ValueError: `max_shard_size` is below 1, `time_step_min` is not above 0 or above `time_step_max`, or
-            transformers has no form for the architecture, or a parameter is in no tensor of it.
+            transformers has no form for the architecture, or a parameter is in no tensor of it; or `time_step_min` is
+            given for a model that has none.
     """
     if max_shard_size < 1:
         raise ValueError(f"max_shard_size={max_shard_size}: expected at least 1 byte")
@@ -123,6 +124,10 @@ def save_hf(
         raise FileExistsError(f"{target} exists and is not an empty directory")
     architecture = model.config
     if time_step_min is not None:
+        if not hasattr(architecture, "time_step_min"):
+            raise ValueError(
+                f"time_step_min={time_step_min}: expected None, a {architecture.model_type} model has no such number"
+            )
         architecture = dataclasses.replace(architecture, time_step_min=time_step_min)
     config = config_json(architecture) | {"dtype": str(jnp.dtype(dtype or model.dtype))}
     _check_covered(model)

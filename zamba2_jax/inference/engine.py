@@ -396,8 +396,8 @@ class Engine:
                 return
 
     def _check_prefix(self, prefix: Prefix) -> None:
-        if prefix.cache.capacity != self.capacity:
-            raise ValueError(f"prefix is for capacity {prefix.cache.capacity}, expected {self.capacity}")
+        if prefix.cache.capacity != self._rows.cache.capacity:
+            raise ValueError(f"prefix is for capacity {prefix.cache.capacity}, expected {self._rows.cache.capacity}")
 
     def _check_fits(self, given: int, new: int) -> None:
         if given + new > self.capacity:

@@ -28,7 +28,7 @@ class CacheBytes(NamedTuple):
     Attributes:
         constant: bytes that do not depend on the capacity: states of recurrences and convolutions, and the lengths.
         per_token: bytes of the keys and values of one token in every row.
-        total: constant + capacity * per_token.
+        total: constant + capacity * per_token; less where attention with a sliding window keeps fewer tokens.
     """
 
     constant: int
@@ -44,5 +44,4 @@ def cache_bytes(config: ModelConfig, batch: int, capacity: int, dtype: DTypeLike
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
 
     constant = measured(0)
-    per_token = measured(1) - constant
-    return CacheBytes(constant, per_token, constant + capacity * per_token)
+    return CacheBytes(constant, measured(1) - constant, measured(capacity))

@@ -23,7 +23,7 @@ from zamba2_jax.parallel.sharded_ops import row_axes
 from zamba2_jax.typing import Array, Bool, DTypeLike, Float, Int, cast_matrices
 
 SUMS = ("attention.q", "attention.k", "attention.v", "mlp.gate", "mlp.up")
-"""Taps of a shared block at sums of matrix products: "matmuls" keeps these, and so not their terms."""
+"""Taps of a layer or shared block at sums of matrix products: "matmuls" keeps these, and so not their terms."""
 OBSERVED = ("attention.q", "attention.k")
 """Taps of a shared block whose values are in an `ObservedCall`."""
 
@@ -232,17 +232,8 @@ class _Functions:
         """A call of a block: its output, its state after it, what the tap selected, and what is observed."""
         context, observed = shared
         module, call = (self._used(cast_matrices(part, self.options.dtype)) for part in (block[0], call))
-        tap, seen = context.tap, dict[str, Array]()
-
-        def edit(name: str, value: Array) -> Array:
-            value = value if tap.edit is None else tap.edit(name, value)
-            place = name.removeprefix(tap.scope)
-            if observed is not None and place in OBSERVED:
-                seen[place] = value
-            return checkpoint_name(value, place) if place in SUMS and self.options.remat == "matmuls" else value
-
-        watched = observed is not None or self.options.remat == "matmuls"
-        context = context.replace(tap=dataclasses.replace(tap, edit=edit) if watched else tap).fresh()
+        seen = dict[str, Array]()
+        context = self._watched(context.fresh(), None if observed is None else seen)
         output, state = module(h, embedded, block[1], call, state, context)
         of_call = None
         if observed is not None and self.observe is not None:
@@ -254,9 +245,22 @@ class _Functions:
         self, context: Context, layer: Any, h: Array, shared_output: Array | None, state: State | None
     ) -> tuple[Array, State | None, dict[str, Array]]:
         """A layer: the residual stream and its state after it, and what the tap selected."""
-        context = context.fresh()
+        context = self._watched(context.fresh(), None)
         h, state = self._used(layer)(h, shared_output, state, context)
         return constrain(h, *self.rows, None), state if self.keep_states else None, context.tap.values
+
+    def _watched(self, context: Context, seen: dict[str, Array] | None) -> Context:
+        """With a tap that also names `SUMS` for "matmuls", and, where they are to be seen, keeps `OBSERVED`."""
+        tap, named = context.tap, self.options.remat == "matmuls"
+
+        def edit(name: str, value: Array) -> Array:
+            value = value if tap.edit is None else tap.edit(name, value)
+            place = name.removeprefix(tap.scope)
+            if seen is not None and place in OBSERVED:
+                seen[place] = value
+            return checkpoint_name(value, place) if named and place in SUMS else value
+
+        return context.replace(tap=dataclasses.replace(tap, edit=edit)) if named or seen is not None else context
 
     def _used(self, module: Any) -> Any:
         return gather_parameters(module) if self.options.training else module

@@ -46,7 +46,12 @@ class Family:
     forward_flops: Callable[[Any, int], ForwardFlops]
 
 
-_OWN = {"zamba2": "zamba2_jax.models.zamba2.family", "mamba2": "zamba2_jax.models.mamba2.family"}
+_OWN = {
+    "zamba2": "zamba2_jax.models.zamba2.family",
+    "mamba2": "zamba2_jax.models.mamba2.family",
+    "llama": "zamba2_jax.models.transformer.llama",
+    "mistral": "zamba2_jax.models.transformer.mistral",
+}
 DEFAULT = "zamba2"
 """The family of what names none: early config.json files, and architectures in runs."""
 _registered: dict[str, Family] = {}

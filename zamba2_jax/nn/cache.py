@@ -57,17 +57,26 @@ class MambaState(struct.PyTreeNode):
 class KVCache(struct.PyTreeNode):
     """Keys (already rotated) and values of one attention; slot i holds token i of the row.
 
-    In the compute dtype; on CPU bfloat16 as its bits, in uint16. See `ops.attention.stored_dtype`.
+    Attributes:
+        k, v: in the compute dtype; on CPU bfloat16 as its bits, in uint16. See `ops.attention.stored_dtype`.
+        window: slots of a ring, in which slot i % window holds token i, for the last `window` tokens of the row; None
+            where there is one for each token that the row can hold.
     """
 
     k: Shaped[Array, "b kv u p"]
     v: Shaped[Array, "b kv u p"]
+    window: int | None = struct.field(pytree_node=False, default=None)
 
     @classmethod
-    def zeros(cls, b: int, kv: int, capacity: int, p: int, dtype: DTypeLike) -> Self:
-        """Of `b` rows of at most `capacity` tokens, in compute dtype `dtype`."""
-        k, v = (jnp.zeros((b, kv, capacity, p), stored_dtype(dtype)) for _ in range(2))
-        return cls(k=k, v=v)
+    def zeros(cls, b: int, kv: int, capacity: int, p: int, dtype: DTypeLike, window: int | None = None) -> Self:
+        """Of `b` rows of at most `capacity` tokens, in compute dtype `dtype`.
+
+        Of more tokens than a `window`, which is all that a token sees, the last ones are kept.
+        """
+        window = None if window is None or capacity <= window else window
+        slots = capacity if window is None else window
+        k, v = (jnp.zeros((b, kv, slots, p), stored_dtype(dtype)) for _ in range(2))
+        return cls(k=k, v=v, window=window)
 
     def placed(self, rows: str | None) -> Self:
         """Its heads are divided, too."""
@@ -89,8 +98,9 @@ class Cache(struct.PyTreeNode):
 
     @property
     def capacity(self) -> int:
-        """Tokens a row can hold; `NO_LIMIT` in a model without attention."""
-        return min((of.k.shape[2] for of in (*self.layers, *self.calls) if isinstance(of, KVCache)), default=NO_LIMIT)
+        """Tokens a row can hold; `NO_LIMIT` in a model without attention, or with rings for all of it."""
+        kept = [of for of in (*self.layers, *self.calls) if isinstance(of, KVCache) and of.window is None]
+        return min((of.k.shape[2] for of in kept), default=NO_LIMIT)
 
 
 def placed(cache: Cache) -> Cache:

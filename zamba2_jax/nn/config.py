@@ -1,4 +1,4 @@
-"""What every architecture fixes, and what Mamba2 blocks read of one: frozen values, checked when they are made.
+"""What every architecture fixes, and what blocks of a kind read of one: frozen values, checked when they are made.
 
 A config holds what fixes the function a model computes and how it is initialised, and nothing else: no mesh, no dtype,
 no kernel choice, no tokenizer. There is no JAX here, so that a command line can read configs at once.
@@ -206,6 +206,117 @@ class Mamba2Config(ModelConfig):
     def mesh_sizes(self) -> Mapping[tuple[str, str], int]:
         """Also the heads."""
         return {("heads", "Mamba heads"): self.mamba_heads, **super().mesh_sizes()}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Rotary frequencies scaled for a longer context, as Llama 3.1 does ("llama3" in transformers).
+
+    A frequency turns n = original_max_position_embeddings / wavelength times in the original context. One with n above
+    `high_freq_factor` stays as it is, one with n below `low_freq_factor` is divided by `factor`, and in between the two
+    are mixed, linearly in n.
+
+    Raises:
+        ValueError: a value breaks a rule; the message names field, value and rule.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+    def __post_init__(self) -> None:
+        for name in ("factor", "low_freq_factor", "high_freq_factor"):
+            value = getattr(self, name)
+            require(is_finite(value) and value > 0, name, value, "a finite number > 0")
+        low, high = self.low_freq_factor, self.high_freq_factor
+        require(low < high, "low_freq_factor", low, f"less than high_freq_factor = {high}")
+        require_positive_int("original_max_position_embeddings", self.original_max_position_embeddings)
+
+    def scaled(self, frequency: float) -> float:
+        """A frequency, in radians per token, as it is used."""
+        turns = self.original_max_position_embeddings * frequency / (2 * math.pi)
+        kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        kept = min(max(kept, 0.0), 1.0)
+        return (1 - kept) * frequency / self.factor + kept * frequency
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionConfig(ModelConfig):
+    """A model of attention layers.
+
+    Attributes:
+        attention_heads, kv_heads: query heads, and the heads of keys and values, each of which serves as many of them.
+        head_dim: channels p of a head; None for hidden_size / attention_heads, as it is held if it is given as that.
+        rope_theta: base of the rotary frequencies.
+        rope_scaling: how these are scaled; not by default.
+        sliding_window: tokens that a token sees at most, itself and those just before it; all by default.
+        attention_bias: biases on the projections to q, k and v and on the one from the heads.
+    """
+
+    positive_ints: ClassVar[tuple[str, ...]] = (*ModelConfig.positive_ints, "attention_heads", "kv_heads")
+    positive_floats: ClassVar[tuple[str, ...]] = (*ModelConfig.positive_floats, "rope_theta")
+    booleans: ClassVar[tuple[str, ...]] = (*ModelConfig.booleans, "attention_bias")
+
+    attention_heads: int
+    kv_heads: int
+    head_dim: int | None = None
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    sliding_window: int | None = None
+    attention_bias: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        scaling = self.rope_scaling
+        if isinstance(scaling, Mapping):
+            names = [field.name for field in dataclasses.fields(RopeScaling)]
+            require(set(scaling) == set(names), "rope_scaling", dict(scaling), f"a table of {', '.join(names)}")
+            scaling = RopeScaling(**scaling)
+            object.__setattr__(self, "rope_scaling", scaling)
+        require(scaling is None or isinstance(scaling, RopeScaling), "rope_scaling", scaling, "None or a RopeScaling")
+        for name in ("head_dim", "sliding_window"):
+            if getattr(self, name) is not None:
+                require_positive_int(name, getattr(self, name))
+        require_divisor(self, "kv_heads", "attention_heads", self.attention_heads)
+        if self.head_dim is None:
+            require_divisor(self, "attention_heads", "hidden_size, as there is no head_dim,", self.hidden_size)
+        elif self.head_dim * self.attention_heads == self.hidden_size:
+            object.__setattr__(self, "head_dim", None)
+        even = self.attention_head_dim % 2 == 0
+        require(even, "head_dim", self.attention_head_dim, "an even number, as heads are rotated")
+
+    @property
+    def attention_head_dim(self) -> int:
+        """Channels p of one attention head."""
+        return self.hidden_size // self.attention_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def attention_size(self) -> int:
+        """Width of the queries of all heads."""
+        return self.attention_heads * self.attention_head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Width of the keys, and of the values."""
+        return self.kv_heads * self.attention_head_dim
+
+    @property
+    def attention_scale(self) -> float:
+        """Factor on the attention scores, head_dim^-0.5."""
+        return self.attention_head_dim**-0.5
+
+    @cached_property
+    def rope_frequencies(self) -> tuple[float, ...]:
+        """Radians per token by which each pair of channels of a head is rotated."""
+        p = self.attention_head_dim
+        plain = [self.rope_theta ** (-2 * i / p) for i in range(p // 2)]
+        return tuple(plain if self.rope_scaling is None else map(self.rope_scaling.scaled, plain))
+
+    def mesh_sizes(self) -> Mapping[tuple[str, str], int]:
+        """Also the heads of attention."""
+        heads = {"attention heads": self.attention_heads, "key heads": self.kv_heads}
+        return {**{("attention_heads", name): size for name, size in heads.items()}, **super().mesh_sizes()}
 
 
 def require(valid: bool, field: str, value: object, rule: str) -> None:

@@ -1,8 +1,8 @@
 """Named taps: seeing, and changing, what flows inside a model.
 
 Blocks show every named value to a tap and go on with what it returns. Names are paths: `embed`, `layers.3.input`,
-`layers.3.shared.attention.q`, `layers.3.mamba.ssm_state`, `layers.3.output`, `final_norm`, `logits`;
-`interpret.taps.tap_names` lists them.
+`layers.3.shared.attention.q`, `layers.3.mamba.ssm_state`, `layers.3.mlp.inner`, `layers.3.output`, `final_norm`,
+`logits`; `interpret.taps.tap_names` lists them.
 """
 
 import dataclasses

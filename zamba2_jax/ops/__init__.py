@@ -1,10 +1,10 @@
 """Pure functions of arrays: what the model is made of. Sizes come from shapes; there is no config here."""
 
-from zamba2_jax.ops.attention import cached_attention, causal_attention
+from zamba2_jax.ops.attention import cached_attention, causal_attention, window_attention
 from zamba2_jax.ops.conv import causal_conv1d, causal_conv1d_step
 from zamba2_jax.ops.cross_entropy import cross_entropy, predictions
 from zamba2_jax.ops.embedding import embed
-from zamba2_jax.ops.geglu import geglu
+from zamba2_jax.ops.glu import geglu, swiglu
 from zamba2_jax.ops.linear import linear
 from zamba2_jax.ops.norm import gated_rms_norm, rms_norm
 from zamba2_jax.ops.rope import rotate
@@ -31,4 +31,6 @@ __all__ = [
     "ssd_associative",
     "ssd_sequential",
     "ssd_step",
+    "swiglu",
+    "window_attention",
 ]

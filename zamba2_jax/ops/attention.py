@@ -32,6 +32,8 @@ def causal_attention(
     scale: float,
     segment_ids: Int[Array, "b t"] | None = None,
     implementation: Implementation | None = None,
+    *,
+    window: int | None = None,
 ) -> Float[Array, "b t h p"]:
     """Softmax attention of every token to itself and the tokens before it in its document.
 
@@ -44,32 +46,40 @@ def causal_attention(
         segment_ids: documents; nothing attends across them, nothing but padding to padding. See `ops.segments`.
         implementation: "xla", by blocks of queries, for any dtype; "splash", JAX's kernel for TPUs, for bfloat16 and
             float32; "cudnn", on NVIDIA GPUs, for float16 and bfloat16 and head dims that are multiples of 8 up to 256
-            (128 before Hopper); "plain", the definition, without a gradient of our own. By default what
-            `default_implementation` gives.
+            (128 before Hopper), without a window; "plain", the definition, without a gradient of our own. By default
+            what `default_implementation` gives.
+        window: tokens that a token sees at most: itself and window - 1 before it (arXiv:2310.06825, section 2); all by
+            default. "xla" and "splash" compute no block of scores in which there is nothing to see.
 
     Raises:
-        ValueError: `implementation` is not valid, or does not do what is asked of it.
+        ValueError: `implementation` is not valid, or does not do what is asked of it; or the window is below 1.
         NotImplementedError: the GPU is too old for the head dim with "cudnn".
     """
-    implementation = implementation or default_implementation(q, segment_ids)
+    if window is not None and window < 1:
+        raise ValueError(f"window={window}: expected at least 1, the token itself")
+    implementation = implementation or default_implementation(q, segment_ids, window)
     tags = None if segment_ids is None else document_tags(segment_ids)
     if implementation == "cudnn":
+        if window is not None:
+            raise ValueError(f"window={window} with implementation='cudnn': expected one of xla, splash, plain")
         mask = None if tags is None else tags[:, :, None] == tags[:, None, :]
         return _cudnn(q, k, v, mask, scale, is_causal=True)
     if implementation == "splash":
-        return attention_splash(q, k, v, tags, scale)
+        return attention_splash(q, k, v, tags, scale, window)
     if implementation == "xla":
-        return attention_xla(q, k, v, tags, scale)
+        return attention_xla(q, k, v, tags, scale, window=window)
     if implementation == "plain":
-        return _plain(q, k, v, tags, scale)
+        return _plain(q, k, v, tags, scale, window)
     raise ValueError(f"implementation={implementation!r}: expected one of xla, splash, cudnn, plain")
 
 
-def _plain(q: Array, k: Array, v: Array, tags: Array | None, scale: float) -> Array:
+def _plain(q: Array, k: Array, v: Array, tags: Array | None, scale: float, window: int | None) -> Array:
     (b, t, h, p), kv, wide = q.shape, k.shape[2], at_least_fp32(q.dtype)
     q = q.reshape(b, t, kv, h // kv, p)
     scores = scale * jnp.einsum("bqkrp,bukp->bkrqu", q, k, preferred_element_type=wide)
     visible = jnp.tril(jnp.ones((t, t), bool))
+    if window is not None:
+        visible &= ~jnp.tril(visible, -window)
     if tags is not None:
         visible = (visible & (tags[:, :, None] == tags[:, None, :]))[:, None, None]
     weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1).astype(v.dtype)
@@ -127,6 +137,47 @@ def cached_attention(
     if implementation == "xla":
         return _attend_in_blocks(q, cached_k, cached_v, slots, real, scale), cached_k, cached_v
     raise ValueError(f"implementation={implementation!r}: expected one of xla, cudnn")
+
+
+def window_attention(
+    q: Float[Array, "b t h p"],
+    k: Float[Array, "b t kv p"],
+    v: Float[Array, "b t kv p"],
+    ring_k: Shaped[Array, "b kv w p"],
+    ring_v: Shaped[Array, "b kv w p"],
+    positions: Int[Array, "b t"],
+    real: Bool[Array, "b t"],
+    scale: float,
+) -> tuple[Float[Array, "b t h p"], Shaped[Array, "b kv w p"], Shaped[Array, "b kv w p"]]:
+    """Attention of new tokens to themselves and to the w - 1 tokens before each, of which a ring holds the last w.
+
+    In XLA, on any device. Not differentiable in reverse.
+
+    Args:
+        q, k, v: of the new tokens.
+        ring_k, ring_v: slot i % w holds token i of the row, for its last w tokens; of a dtype as in `cached_attention`.
+        positions: of the new tokens in their rows, one after the other along t.
+        real: False at padding, at the end of a row, which is not written and whose output has no meaning.
+        scale: factor on the scores.
+
+    Returns:
+        The attention output, and the ring's keys and values after the new tokens.
+    """
+    (b, t), w = positions.shape, ring_k.shape[2]
+    row, length = jnp.arange(b)[:, None], positions[:, :1] + real.sum(axis=1, keepdims=True)
+    target = jnp.where(real & (positions >= length - w), positions % w, w)
+    after_k = ring_k.at[row, :, target].set(_stored(k, ring_k.dtype), mode="drop")
+    after_v = ring_v.at[row, :, target].set(_stored(v, ring_v.dtype), mode="drop")
+    if t == 1:  # what is in the ring now is what the token sees, as far as the ring has been filled
+        out = _attend_in_blocks(q, after_k, after_v, jnp.minimum(positions, w - 1), real, scale)
+        return out, after_k, after_v
+    before = positions[:, :1] - (w - 1) + jnp.arange(w - 1)  # in the order of time
+    keys, values = (
+        jnp.concatenate([_read(ring[row, :, before % w], q.dtype), new], axis=1)
+        for ring, new in ((ring_k, k), (ring_v, v))
+    )
+    there = jnp.concatenate([before >= 0, jnp.ones((b, t), bool)], axis=1).astype(jnp.int32)
+    return attention_xla(q, keys, values, there, scale, jnp.int32(w - 1), w), after_k, after_v
 
 
 def stored_dtype(dtype: DTypeLike) -> jnp.dtype:
@@ -216,7 +267,9 @@ def _cudnn(q: Array, k: Array, v: Array, mask: Array | None, scale: float, *, is
     return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale, is_causal=is_causal, implementation="cudnn")
 
 
-def default_implementation(q: Float[Array, "b t h p"], segment_ids: Int[Array, "b t"] | None) -> Implementation:
+def default_implementation(
+    q: Float[Array, "b t h p"], segment_ids: Int[Array, "b t"] | None, window: int | None = None
+) -> Implementation:
     """What `causal_attention` uses unless told; with several devices see `placement`.
 
     "splash" on a TPU; "cudnn" on a Hopper GPU for what it takes, in documents for rows of an even length, as it has no
@@ -225,14 +278,17 @@ def default_implementation(q: Float[Array, "b t h p"], segment_ids: Int[Array, "
     """
     if (found := kernels()) == "tpu":
         return "splash"
-    return "cudnn" if found == "gpu" and fits_cudnn(q, segment_ids) else "xla"
+    return "cudnn" if found == "gpu" and fits_cudnn(q, segment_ids, window) else "xla"
 
 
-def fits_cudnn(q: Float[Array, "b t h p"], segment_ids: Int[Array, "b t"] | None) -> bool:
-    """Whether cuDNN takes a full pass, with its gradient, and its mask of documents is at most `LARGEST_MASK`."""
+def fits_cudnn(q: Float[Array, "b t h p"], segment_ids: Int[Array, "b t"] | None, window: int | None = None) -> bool:
+    """Whether cuDNN takes a full pass, with its gradient, and its mask of documents is at most `LARGEST_MASK`.
+
+    With a window it does not.
+    """
     t = q.shape[1]
     unfit = segment_ids is not None and (t % 2 != 0 or t * t > LARGEST_MASK)
-    return not unfit and _not_for_cudnn(q) is None
+    return window is None and not unfit and _not_for_cudnn(q) is None
 
 
 def cache_fits_cudnn(q: Float[Array, "b t h p"], cached_k: Shaped[Array, "b kv u p"]) -> bool:

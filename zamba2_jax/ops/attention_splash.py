@@ -20,6 +20,7 @@ def attention_splash(
     v: Float[Array, "b t kv p"],
     tags: Int[Array, "b t"] | None,
     scale: float,
+    window: int | None = None,
     *,
     interpret: bool = False,
 ) -> Float[Array, "b t h p"]:
@@ -31,6 +32,7 @@ def attention_splash(
         q, k, v: bfloat16 or float32; query head i reads key head i // (h / kv).
         tags: not negative.
         scale: factor on the scores.
+        window: tokens that a token sees at most, itself and those just before it; all by default.
         interpret: runs on any platform, slowly.
 
     Raises:
@@ -45,8 +47,10 @@ def attention_splash(
     sizes = splash_attention_kernel.BlockSizes(
         block_q=block, block_kv=block, block_q_dkv=block, block_kv_dkv=block, block_q_dq=block, block_kv_dq=block
     )
+    shape, masks = (t + padding, t + padding), splash_attention_mask
+    mask = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), offset=0)
     attend = splash_attention_kernel.make_splash_mha(
-        splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((t + padding, t + padding))] * h),
+        masks.MultiHeadMask([mask] * h),
         block_sizes=sizes,
         head_shards=1,
         q_seq_shards=1,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from zamba2_jax.choices import Implementation
 from zamba2_jax.ops.attention import CachedImplementation
 from zamba2_jax.ops.attention import Implementation as AttentionImplementation
-from zamba2_jax.ops.geglu import geglu
+from zamba2_jax.ops.glu import geglu, swiglu
 from zamba2_jax.ops.linear import linear
 from zamba2_jax.ops.norm import gated_rms_norm, rms_norm
 from zamba2_jax.ops.placement import kernels
@@ -32,7 +32,8 @@ class Backend:
 
     Attributes:
         scan: of `ops.ssd`.
-        attention: of `ops.causal_attention`; "xla" takes the place of "cudnn" for what cuDNN does not take.
+        attention: of `ops.causal_attention`; "xla" takes the place of "cudnn" for what cuDNN does not take, and with a
+            window.
         cached_attention: of `ops.cached_attention`; likewise.
         step: of one token through a Mamba2 block: "pallas_gpu" is kernels for few rows of bfloat16 on one GPU, for
             other rows and dtypes "xla" takes their place.
@@ -94,7 +95,13 @@ class Backend:
         """`ops.geglu`."""
         return geglu(gate, up, custom_gradient=self.custom_gradients)
 
-    def rotate(self, x: Float[Array, "b t h p"], positions: Int[Array, "b t"], base: float) -> Float[Array, "b t h p"]:
+    def swiglu(self, gate: Float[Array, "*batch f"], up: Float[Array, "*batch f"]) -> Float[Array, "*batch f"]:
+        """`ops.swiglu`."""
+        return swiglu(gate, up, custom_gradient=self.custom_gradients)
+
+    def rotate(
+        self, x: Float[Array, "b t h p"], positions: Int[Array, "b t"], base: float | tuple[float, ...]
+    ) -> Float[Array, "b t h p"]:
         """`ops.rotate`."""
         return rotate(x, positions, base, custom_gradient=self.custom_gradients)
 

@@ -9,21 +9,26 @@ from zamba2_jax.typing import Array, Float, Int, at_least_fp32
 
 
 def rotate(
-    x: Float[Array, "b t h p"], positions: Int[Array, "b t"], base: float, *, custom_gradient: bool = True
+    x: Float[Array, "b t h p"],
+    positions: Int[Array, "b t"],
+    base: float | tuple[float, ...],
+    *,
+    custom_gradient: bool = True,
 ) -> Float[Array, "b t h p"]:
     """Rotates the pairs (x_i, x_{i + p/2}) of every head by positions * base^(-2i / p).
 
     Args:
         x: queries or keys; p is even.
         positions: in tokens, any offset: scores of rotated q and k depend on differences only.
-        base: theta; 10000 by default in the published models, larger in the long-context ones.
+        base: theta, larger in models of long contexts; or, where a model scales its frequencies, those of the p/2
+            pairs in place of base^(-2i / p).
         custom_gradient: whether the gradient is ours, for reverse mode once, or JAX's.
     """
     half, wide = x.shape[-1] // 2, at_least_fp32(x.dtype)
+    frequencies = base if isinstance(base, tuple) else base ** (-np.arange(half) / half)
 
     def table(positions: Array) -> tuple[Array, Array]:
-        frequency = jnp.asarray(base ** (-np.arange(half) / half), wide)
-        angle = (positions[..., None].astype(wide) * frequency)[:, :, None, None]
+        angle = (positions[..., None].astype(wide) * jnp.asarray(frequencies, wide))[:, :, None, None]
         return jnp.cos(angle), jnp.concatenate([-jnp.sin(angle), jnp.sin(angle)], axis=-2)
 
     cos, sin = compiled_apart(table, positions)

@@ -117,13 +117,14 @@ def attend(
     scale: float,
     segment_ids: Int[Array, "b t"] | None,
     axis_name: str,
+    window: int | None = None,
 ) -> Float[Array, "b t h p"]:
     """`ops.causal_attention` in plain XLA: this part's queries with the keys and values of all parts, gathered.
 
-    Devices with later parts have more to do: the last one nearly twice the mean.
+    Devices with later parts have more to do: the last one nearly twice the mean. With a window all have as much.
     """
     k, v = (jax.lax.all_gather(array, axis_name, axis=1, tiled=True) for array in (k, v))
     tags = None
     if segment_ids is not None:
         tags = document_tags(jax.lax.all_gather(segment_ids, axis_name, axis=1, tiled=True))
-    return attention_xla(q, k, v, tags, scale, jax.lax.axis_index(axis_name) * q.shape[1])
+    return attention_xla(q, k, v, tags, scale, jax.lax.axis_index(axis_name) * q.shape[1], window)

@@ -174,6 +174,7 @@ def causal_attention(
     scale: float,
     segment_ids: Int[Array, "b t"] | None,
     backend: Backend,
+    window: int | None = None,
 ) -> Float[Array, "b t h p"]:
     """`ops.causal_attention`."""
     tokens = row_axes(len(q), cached=False)
@@ -181,9 +182,10 @@ def causal_attention(
 
     def part(q, k, v, segment_ids):
         if axis is not None:
-            return sequence.attend(q, k, v, scale, segment_ids, axis)
-        fits = backend.attention != "cudnn" or fits_cudnn(q, segment_ids)
-        return ops.causal_attention(q, k, v, scale, segment_ids, backend.attention if fits else "xla")
+            return sequence.attend(q, k, v, scale, segment_ids, axis, window)
+        fits = backend.attention != "cudnn" or fits_cudnn(q, segment_ids, window)
+        implementation = backend.attention if fits else "xla"
+        return ops.causal_attention(q, k, v, scale, segment_ids, implementation, window=window)
 
     heads = (*tokens, "attention_heads", None)
     return per_device(part, [heads, heads, heads, tokens], heads)(q, k, v, segment_ids)
@@ -212,3 +214,22 @@ def cached_attention(
         return ops.cached_attention(q, k, v, cached_k, cached_v, slots, real, scale, implementation)
 
     return per_device(part, places, [heads, cached, cached])(q, k, v, cached_k, cached_v, slots, real)
+
+
+def window_attention(
+    q: Float[Array, "b t h p"],
+    k: Float[Array, "b t kv p"],
+    v: Float[Array, "b t kv p"],
+    ring_k: Shaped[Array, "b kv w p"],
+    ring_v: Shaped[Array, "b kv w p"],
+    positions: Int[Array, "b t"],
+    real: Bool[Array, "b t"],
+    scale: float,
+) -> tuple[Float[Array, "b t h p"], Shaped[Array, "b kv w p"], Shaped[Array, "b kv w p"]]:
+    """`ops.window_attention`."""
+    tokens = row_axes(len(q), cached=True)
+    heads, ring = (*tokens, "attention_heads", None), (tokens[0], "attention_heads", None, None)
+    run = per_device(
+        partial(ops.window_attention, scale=scale), [heads] * 3 + [ring] * 2 + [tokens] * 2, [heads, ring, ring]
+    )
+    return run(q, k, v, ring_k, ring_v, positions, real)
