@@ -375,7 +375,10 @@ SCALED = config_json(preset("llama-3.2-1b"))["rope_parameters"]
         (LLAMA | {"sliding_window": 4}, "sliding_window=4: expected None in a llama model"),
         (MISTRAL | {"sliding_window": 0}, "sliding_window=0: expected an integer >= 1"),
         (MISTRAL | {"attention_bias": True}, "attention_bias=True: expected false in a mistral model"),
-        (LLAMA | {"hidden_act": "gelu"}, "'hidden_act' has a value this model does not support, expected 'silu'"),
+        (
+            LLAMA | {"hidden_act": "gelu"},
+            "'hidden_act' has a value this model does not support, 'gelu', expected 'silu'",
+        ),
         (LLAMA | {"num_key_value_heads": 4}, "kv_heads=4: expected a divisor of attention_heads = 6"),
         (LLAMA | {"head_dim": 5}, "head_dim=5: expected an even number"),
         (LLAMA | {"hidden_size": 25}, "attention_heads=6: expected a divisor of hidden_size = 25"),
