@@ -87,13 +87,7 @@ def attention_xla(
 
 
 def _forward(
-    q: Array,
-    k: Array,
-    v: Array,
-    tags: Array | None,
-    scale: float,
-    offset: Array | None,
-    window: int | None,
+    q: Array, k: Array, v: Array, tags: Array | None, scale: float, offset: Array | None, window: int | None
 ) -> tuple[Array, tuple[Any, ...]]:
     keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
 

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from zamba2_jax.models.config_json import check_rest, keep_known_tokens, require_fields, take_fields
+from zamba2_jax.models.config_json import check_rest, json_tokens, keep_known_tokens, require_fields, take_fields
 from zamba2_jax.models.transformer.config import TransformerConfig
 from zamba2_jax.nn.config import RopeScaling, is_finite, require
 
@@ -45,8 +45,8 @@ _HF_FIXED: dict[str, tuple[Any, ...]] = {
     "partial_rotary_factor": (1, None),
 }
 
-# Without a bearing on the numbers: into how many parts a product with a weight is cut, and which logits are kept.
-_HF_HINTS = ("pretraining_tp", "num_logits_to_keep")
+# Into how many parts a product with a weight was cut.
+_HF_IGNORED = frozenset({"pretraining_tp"})
 
 
 def read_json(kind: type[TransformerConfig], hf: dict[str, Any]) -> TransformerConfig:
@@ -67,7 +67,7 @@ def read_json(kind: type[TransformerConfig], hf: dict[str, Any]) -> TransformerC
     fields["sliding_window"] = hf.pop("sliding_window")
     length = fields.get("max_position_embeddings", kind.max_position_embeddings)
     fields["rope_theta"], fields["rope_scaling"] = _rope(hf, length)
-    check_rest(hf, fixed={**_HF_FIXED, "model_type": (kind.model_type,)}, ignored=_HF_HINTS)
+    check_rest(hf, fixed=_HF_FIXED | {"model_type": (kind.model_type,)}, ignored=_HF_IGNORED)
     return kind(**fields)
 
 
@@ -89,8 +89,8 @@ def _rope(hf: dict[str, Any], max_position_embeddings: int) -> tuple[float, Rope
         raise ValueError(f"rope_theta={theta} and rope_parameters.rope_theta={nested} disagree")
     theta = next(value for value in (nested, theta, TransformerConfig.rope_theta) if value is not None)
     require(is_finite(theta) and theta > 0, "rope_theta", theta, "a finite number > 0")
-    if (part := found.pop("partial_rotary_factor", None)) not in (1, None):
-        raise ValueError(f"partial_rotary_factor={part!r}: expected 1")
+    partial = found.pop("partial_rotary_factor", None)
+    require(partial in (1, None), "partial_rotary_factor", partial, "1, all of a head being rotated")
     if kinds == {"llama3"}:
         found.setdefault("original_max_position_embeddings", max_position_embeddings)
     names = [field.name for field in dataclasses.fields(RopeScaling)] if kinds == {"llama3"} else []
@@ -127,6 +127,6 @@ def write_json(config: TransformerConfig) -> dict[str, Any]:
         "max_position_embeddings": config.max_position_embeddings,
         "pad_token_id": config.pad_token_id,
         "bos_token_id": config.bos_token_id,
-        "eos_token_id": list(config.eos_token_id) if isinstance(config.eos_token_id, tuple) else config.eos_token_id,
+        "eos_token_id": json_tokens(config.eos_token_id),
         "tie_word_embeddings": config.tie_embeddings,
     }
