@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.text.kinds import ADDED, CONFIG, KINDS, SPECIAL, bpe, chatml, gpt2, mistral_file, write
 from zamba2_jax.text.frame import encode_documents, frame_of
-from zamba2_jax.text.stream import TextStream, hidden_tokens
+from zamba2_jax.text.stream import UNFINISHED, TextStream, hidden_tokens
 from zamba2_jax.text.tokenizer import load_tokenizer, stop_tokens
 from zamba2_jax.text.vocabulary import copy_tokenizer, save_tokenizer, train_tokenizer
 
@@ -73,8 +73,11 @@ def test_ids_and_texts_are_those_of_transformers(pair):
 
 
 def test_a_stream_gives_the_text_of_all_tokens(pair):
+    """But for texts that hold U+FFFD, which tokens of single bytes cannot always be told from in time."""
     ours, _ = pair
     for text in generated_texts():
+        if UNFINISHED in text:
+            continue
         tokens = ours.encode(text)
         stream = TextStream(ours.decode, hidden=hidden_tokens(ours))
         pieces = [*map(stream.add, tokens), stream.end()]

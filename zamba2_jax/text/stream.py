@@ -89,7 +89,8 @@ class TextStream:
     are whole. These are a bounded number of tokens: the work is linear in the length of the text.
 
     Where bytes that are no UTF-8 stand beside whole characters, some decoders give up the characters too when they
-    decode all of it at once; here they stay.
+    decode all of it at once; here they stay. A character U+FFFD spelled in tokens of single bytes looks like such
+    bytes, and characters that follow it in such tokens may be given as U+FFFD.
 
     Attributes:
         stopped: whether there was a stop string.
