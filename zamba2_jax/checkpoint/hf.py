@@ -374,9 +374,8 @@ def _write_weights(directory: Path, model: LanguageModel, dtype: DTypeLike | Non
 
 def _dtype(tensor: Tensor, parameters: dict[str, jax.Array], dtype: DTypeLike | None) -> np.dtype:
     """What a tensor of the checkpoint is written in."""
-    held = [parameters[part.path] for part in tensor.parts] or [
-        parameters["embed"]
-    ]  # of an empty one that of the model
+    paths = [part.path for part in tensor.parts] or ["embed"]  # an empty tensor has the dtype of the model
+    held = [parameters[path] for path in paths]
     return jnp.dtype(dtype or jnp.result_type(*held))
 
 

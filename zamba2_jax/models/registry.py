@@ -46,6 +46,27 @@ class Family:
     forward_flops: Callable[[Any, int], ForwardFlops]
 
 
+def family_in(package: str, *, model: str, **rest: Any) -> Family:
+    """The family of a folder, whose modules that need JAX are imported when they are asked for.
+
+    Args:
+        package: of the folder; it has `model`, `weights` (tensors, ignored) and `flops` (forward_flops).
+        model: the class in `model`.
+        **rest: what needs no JAX: config, presets, read_json, write_json.
+    """
+
+    def deferred(module: str, name: str) -> Callable[..., Any]:
+        return lambda *arguments: getattr(importlib.import_module(f"{package}.{module}"), name)(*arguments)
+
+    return Family(
+        model=lambda: getattr(importlib.import_module(f"{package}.model"), model),
+        tensors=deferred("weights", "tensors"),
+        ignored=deferred("weights", "ignored"),
+        forward_flops=deferred("flops", "forward_flops"),
+        **rest,
+    )
+
+
 _OWN = {
     "zamba2": "zamba2_jax.models.zamba2.family",
     "mamba2": "zamba2_jax.models.mamba2.family",
