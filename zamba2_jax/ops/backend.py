@@ -5,8 +5,6 @@ import warnings
 from functools import cache
 from typing import Literal, get_args
 
-import jax.numpy as jnp
-
 from zamba2_jax.choices import Implementation
 from zamba2_jax.ops.attention import CachedImplementation
 from zamba2_jax.ops.attention import Implementation as AttentionImplementation
@@ -15,6 +13,7 @@ from zamba2_jax.ops.linear import linear
 from zamba2_jax.ops.norm import gated_rms_norm, rms_norm
 from zamba2_jax.ops.placement import kernels
 from zamba2_jax.ops.rope import rotate
+from zamba2_jax.ops.ssd import default_implementation
 from zamba2_jax.typing import Array, DTypeLike, Float, Int
 
 StepImplementation = Literal["xla", "pallas_gpu"]
@@ -118,12 +117,13 @@ def default_backend(dtype: DTypeLike) -> Backend:
     everywhere else, and with several devices without a mesh, among which no kernel can be divided. Where JAX lacks what
     our kernels are written with, XLA takes their place, with a warning.
     """
-    found = kernels(on_mesh=True)
+    found, scan = kernels(on_mesh=True), default_implementation(dtype, on_mesh=True)
     if found == "tpu":
-        return Backend(scan="pallas_tpu", attention="splash")
+        return Backend(scan=scan, attention="splash")
     if found is None:
         return Backend()
-    scan: Implementation = "pallas_gpu" if jnp.dtype(dtype) == jnp.bfloat16 and _has_triton() else "xla"
+    if scan == "pallas_gpu" and not _has_triton():
+        scan = "xla"
     step: StepImplementation = "pallas_gpu" if kernels() == "gpu" and _has_triton() else "xla"
     return Backend(scan=scan, attention="cudnn", cached_attention="cudnn", step=step)
 

@@ -102,13 +102,17 @@ def ssd_step(
     return (y if D is None else y + D[:, None] * x).astype(x.dtype), state
 
 
-def default_implementation(dtype: DTypeLike) -> Implementation:
+def default_implementation(dtype: DTypeLike, *, on_mesh: bool = False) -> Implementation:
     """What `ssd` uses for x of this dtype unless told; with several devices see `placement`.
 
     "pallas_tpu" on a TPU; "pallas_gpu" for bfloat16 on a Hopper GPU; else "xla". On other GPUs our kernels have not
     been measured to be faster, and for float32 they were measured to be slower with the gradient.
+
+    Args:
+        dtype: of x.
+        on_mesh: as for `placement.kernels`.
     """
-    if (found := kernels()) == "tpu":
+    if (found := kernels(on_mesh=on_mesh)) == "tpu":
         return "pallas_tpu"
     return "pallas_gpu" if found == "gpu" and jnp.dtype(dtype) == jnp.bfloat16 else "xla"
 
