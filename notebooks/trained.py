@@ -21,7 +21,7 @@ from zamba2_jax.text.tokenizer import Tokenizer
 from zamba2_jax.text.vocabulary import save_tokenizer, train_tokenizer
 from zamba2_jax.train.loop import make_stages, train
 from zamba2_jax.train.patterns import scale_matrices
-from zamba2_jax.train.recipe import INIT_SCALE, optimizer
+from zamba2_jax.train.recipe import init_scale, optimizer
 from zamba2_jax.train.schedule import Phase, learning_rate
 from zamba2_jax.train.step import compile_train_step, init_state
 
@@ -75,8 +75,8 @@ def train_copying_model() -> tuple[Zamba2, Tokenizer]:
     tokenizer = train_tokenizer(["the cat and the hat and the bat " * 3], VOCABULARY)
     phase = Phase(name="copying", steps=STEPS, shares={"copying": 1.0}, warmup_steps=10, decay="linear")
     stages = make_stages([phase], {"copying": copying_task(tokenizer)}, batch_size=8, length=LENGTH, seed=0)
-    muon, schedule = optimizer().transformation(), learning_rate([phase], 1.5e-2)
-    state = init_state(scale_matrices(Zamba2(CONFIG, rngs=nnx.Rngs(0)), INIT_SCALE), muon)
+    muon, schedule = optimizer(CONFIG).transformation(), learning_rate([phase], 1.5e-2)
+    state = init_state(scale_matrices(Zamba2(CONFIG, rngs=nnx.Rngs(0)), init_scale(CONFIG)), muon)
     step = compile_train_step(state, next(iter(stages[0].batches)), optimizer=muon, schedule=schedule)
     state = train(state, step, stages, held_out={}, log_every=STEPS, eval_every=STEPS, report=lambda record: None)
     return state.model, tokenizer

@@ -29,13 +29,13 @@ from zamba2_jax.train.loop import make_stages, train
 from zamba2_jax.train.metrics import HEALTHY_RATIOS, HealthRecord, Record
 from zamba2_jax.train.optimizer import AdamW, Muon, Optimizer, ParameterGroup
 from zamba2_jax.train.patterns import scale_matrices
-from zamba2_jax.train.recipe import INIT_SCALE
 from zamba2_jax.train.schedule import Phase, learning_rate
 from zamba2_jax.train.step import TrainState, compile_train_step, init_state
 
 HERE = Path(__file__).parent
 LENGTH, ROWS, RATE = 128, 4, 1e-2
 
+INIT_SCALE = recipe.init_scale(preset("zamba2-nano"))
 SLOWER = (ParameterGroup(match="shared.*", rate=0.4), ParameterGroup(match="calls.*", rate=0.4))
 DELAYED = (
     ParameterGroup(match="*", delay_steps=150, delay_power=2.0),

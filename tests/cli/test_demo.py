@@ -10,8 +10,10 @@ from tokenizers import Tokenizer
 from tests.helpers import SMALL
 from zamba2_jax.checkpoint.hf import load_hf
 from zamba2_jax.checkpoint.store import restore_state
-from zamba2_jax.cli.demo import OUTPUTS, SILENCED, Demo, prepare_output
+from zamba2_jax.cli.demo import OUTPUTS, SILENCED, SILENCED_WITHOUT_CALLS, Demo, prepare_output
 from zamba2_jax.cli.main import COMMANDS, main
+from zamba2_jax.models.registry import preset
+from zamba2_jax.models.transformer.presets import LLAMA
 from zamba2_jax.models.zamba2.presets import PRESETS
 from zamba2_jax.train.recipe import optimizer
 from zamba2_jax.train.step import init_state
@@ -59,13 +61,28 @@ def test_a_miniature_run(small_preset, tmp_path, capsys):
     assert last == {name: of["annealing"]["nats_per_token"] for name, of in summary["held_out"].items()}
 
     model = load_hf(out / "hf")
-    like = init_state(model, optimizer().transformation())
+    like = init_state(model, optimizer(model.config).transformation())
     state = restore_state(out / "checkpoint", like)
     assert int(state.step) == 18
     for a, b in zip(jax.tree.leaves(state.model), jax.tree.leaves(model), strict=True):
         np.testing.assert_array_equal(a, b)
     tokenizers = [Tokenizer.from_file(str(folder / "tokenizer.json")).to_str() for folder in (out, out / "hf")]
     assert tokenizers[0] == tokenizers[1]
+
+
+def test_a_miniature_run_of_a_model_without_shared_blocks(monkeypatch, tmp_path, capsys):
+    small = dataclasses.replace(preset("transformer-tiny"), num_layers=1, vocab_size=300)
+    monkeypatch.setitem(LLAMA, "small-transformer", small)
+    words = "--preset small-transformer --steps 1 2 3 --batch 4 --seq 32 --new-tokens 4".split()
+    assert main(["demo", "--output", str(tmp_path), *words]) == 0
+    printed = capsys.readouterr().out
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["shared_output_over_residual"] == {}
+    assert set(summary["necessity"]["prose"]["silenced"]) == {"all.attention", "all.mixer", "all.mlp"}
+    for words in SILENCED_WITHOUT_CALLS.values():
+        assert words in printed
+    assert "shared" not in printed
+    assert load_hf(tmp_path / "hf").config == small
 
 
 def test_the_first_error_comes_before_anything_is_written(tmp_path, capsys):
@@ -79,7 +96,6 @@ def test_the_first_error_comes_before_anything_is_written(tmp_path, capsys):
         (["--learning-rate", "-1"], "peak learning rate=-1.0: expected a finite number > 0"),
         (["--preset", "zamba2-9b"], "preset 'zamba2-9b' is unknown, expected one of"),
         (["--preset", "zamba2-tiny"], "--preset is 'zamba2-tiny': expected one of at least 259 tokens, not 97"),
-        (["--preset", "mamba2-nano"], "--preset is 'mamba2-nano': expected one of at least 259 tokens, not 2048, and"),
         (["--prompts", ""], "--prompts holds an empty one: expected text"),
         (["--temperature", "-1"], "--temperature is -1.0"),
         (["--new-tokens", "0"], "--new-tokens is 0"),

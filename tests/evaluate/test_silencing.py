@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from tests.helpers import SMALL, forward, random_model
-from zamba2_jax import capture
+from zamba2_jax import capture, preset
 from zamba2_jax.data.batches import Batch
 from zamba2_jax.evaluate import necessity
 from zamba2_jax.nn.parameter import named_parameters, with_values
@@ -146,6 +146,39 @@ def test_a_part_at_its_mean_is_the_model_with_the_tap_edited(model, batches, fou
     assert found[name].loss == pytest.approx(nll / count, rel=1e-5)
     assert found[name].accuracy == pytest.approx(right / count, rel=1e-6)
     assert abs(found[name].increase) > 3e-4
+
+
+def test_the_parts_of_a_transformer(batches):
+    """Attention and MLP of a layer, against edits of its taps and against weights at 0."""
+    model = random_model(preset("transformer-tiny"))
+    found = necessity(model, batches)
+    kinds = ("attention", "mlp", "mixer", "layer")
+    names = [f"layers.{layer}.{kind}" for layer in range(3) for kind in kinds]
+    assert [of.part.name for of in found.silenced] == [*names, *(f"all.{kind}" for kind in kinds[:-1])]
+
+    def check(name, logits_of):
+        loss, accuracy = losses(logits_of, batches)
+        assert found[name].loss == pytest.approx(loss, rel=1e-5), name
+        assert found[name].accuracy == pytest.approx(accuracy, rel=1e-6), name
+        assert abs(found[name].increase) > 3e-4, name
+
+    def with_edits(batch, *taps):
+        def mean(value):
+            return jnp.ones_like(value) * jnp.average(value, axis=(0, 1), weights=(batch.segment_ids != 0) + 0.0)
+
+        edits = dict.fromkeys(taps, mean)
+        return capture(
+            model, jnp.asarray(batch.tokens), select=(), edits=edits, segment_ids=jnp.asarray(batch.segment_ids)
+        ).logits
+
+    for name, *endings in (
+        ("all.attention", "attention.q"),
+        ("layers.1.layer", "layers.1.attention.o", "layers.1.mlp.down"),
+    ):
+        without = zeroed(model, *endings)
+        check(name, lambda batch, without=without: forward(without, batch.tokens, batch.segment_ids))
+    for name, tap in (("layers.2.mlp", "layers.2.mlp.output"), ("all.mixer", "layers.*.attention.output")):
+        check(name, lambda batch, tap=tap: with_edits(batch, tap))
 
 
 def test_the_error_is_that_of_a_mean_over_rows(model, batches, found):

@@ -57,8 +57,8 @@ def test_a_preset_is_overridden_field_by_field(tmp_path):
 
 def test_the_example_is_the_recipe_of_the_demo():
     config, phases = load_config(EXAMPLE), recipe.phases()
-    assert config.optimizer == recipe.optimizer()
-    assert config.init_scale == recipe.INIT_SCALE
+    assert config.optimizer == recipe.optimizer(preset("zamba2-nano"))
+    assert config.init_scale == recipe.init_scale(preset("zamba2-nano"))
     assert config.learning_rate == recipe.LEARNING_RATE
     assert [dataclasses.replace(phase, shares={"": 1.0}) for phase in config.phases] == [
         dataclasses.replace(phase, shares={"": 1.0}) for phase in phases

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from zamba2_jax.evaluate import Necessity
     from zamba2_jax.models.base import LanguageModel
     from zamba2_jax.text.tokenizer import Tokenizer
-    from zamba2_jax.train.metrics import Record
+    from zamba2_jax.train.metrics import HealthRecord, Record
     from zamba2_jax.train.step import TrainState
 
 MARKER = "demo.json"
@@ -51,16 +51,22 @@ SILENCED = {
     "hybrid.mixer": "mixers of hybrid layers at their means",
     "plain.mixer": "mixers of plain layers at their means",
 }
-"""Parts that are silenced at the end, and how the table says it; see `evaluate.necessity`.
+"""Parts of a model with shared blocks that are silenced at the end, as the table says it; see `evaluate.necessity`.
 
 Without its MLP a shared block gives the same to every token: the MLPs are worth what the blocks are."""
+SILENCED_WITHOUT_CALLS = {
+    "all.attention": "attention uniform",
+    "all.mixer": "mixers at their means",
+    "all.mlp": "MLPs at their means",
+}
+"""The same of a model without; the mixer of a transformer's layer is its attention."""
 
 PROMPTS = ("The value of", "If a class defines", "When an exception is raised,", "A function is")
 
 
 @dataclasses.dataclass(frozen=True)
 class Demo:
-    """Train a small Zamba2 on text this Python carries, and let it write.
+    """Train a small language model on text this Python carries, and let it write.
 
     Three phases: copying, from which attention learns to look things up; pretraining on the standard library's code;
     annealing on the prose of Python's documentation, with some code and some copying replayed. Then silences one part
@@ -108,7 +114,7 @@ class Demo:
         from zamba2_jax.data.batches import held_out
         from zamba2_jax.data.corpus import tokenize_embedded_corpus
         from zamba2_jax.data.synthetic import Copying, open_synthetic
-        from zamba2_jax.evaluate import necessity
+        from zamba2_jax.evaluate import necessity, parts
         from zamba2_jax.text.vocabulary import save_tokenizer
         from zamba2_jax.train.curves import plot_run
         from zamba2_jax.train.loop import make_stages, train
@@ -122,7 +128,7 @@ class Demo:
         self._check()
         config = preset(self.preset)
         phases = recipe.phases(self.steps, decay=self.decay, replay=self.replay, copying=self.copying)
-        schedule, muon = learning_rate(phases, self.learning_rate), recipe.optimizer().transformation()
+        schedule, muon = learning_rate(phases, self.learning_rate), recipe.optimizer(config).transformation()
         prepare_output(self.output, dataclasses.asdict(self) | {"output": str(self.output), "prompts": self._prompts})
 
         console = Console(highlight=False)
@@ -143,7 +149,7 @@ class Demo:
         }
         batches = {name: held_out(text, batch_size=4 * self.batch, length=self.seq) for name, text in texts.items()}
 
-        model = scale_matrices(init_model(config, rngs=nnx.Rngs(self.seed)), recipe.INIT_SCALE)
+        model = scale_matrices(init_model(config, rngs=nnx.Rngs(self.seed)), recipe.init_scale(config))
         size = sum(parameter.size for parameter in jax.tree.leaves(model))
         console.print(f"Compiling {self.preset}, {size / 1e6:.1f} M parameters")
         state = init_state(model, muon)
@@ -166,7 +172,9 @@ class Demo:
             )
         save(state, corpus.tokenizer, self.output)
         console.print("Silencing one part of the model after the other")
-        needed = {name: necessity(state.model, of_text, select=SILENCED) for name, of_text in batches.items()}
+        words = SILENCED if config.num_calls else SILENCED_WITHOUT_CALLS
+        select = [part.name for part in parts(state.model) if part.name in words]
+        needed = {name: necessity(state.model, of_text, select=select) for name, of_text in batches.items()}
         costs = {name: {of.part.name: of.increase for of in found.silenced} for name, found in needed.items()}
         plot_run(records, phases, schedule, self.output / "curves.png", costs=costs)
         self._write(state.model, corpus.tokenizer, console)
@@ -182,10 +190,9 @@ class Demo:
         from zamba2_jax.text.vocabulary import MIN_VOCAB_SIZE
 
         config = preset(self.preset)
-        fits = config.vocab_size >= MIN_VOCAB_SIZE and config.num_calls
-        rule = f"one of at least {MIN_VOCAB_SIZE} tokens, not {config.vocab_size}, and with shared blocks"
+        tokens = f"one of at least {MIN_VOCAB_SIZE} tokens, not {config.vocab_size}"
         rules = {
-            "preset": (fits, rule),
+            "preset": (config.vocab_size >= MIN_VOCAB_SIZE, tokens),
             "seed": (0 <= self.seed < 2**31, "an integer in [0, 2^31)"),
             "batch": (self.batch >= 1, "at least 1"),
             "seq": (self.seq >= 9, "at least 9, the room for copying three symbols"),
@@ -274,7 +281,7 @@ def summarize(
         console: to print to.
         seconds: that all of it took.
     """
-    from zamba2_jax.train.metrics import HEALTHY_RATIOS, EvalRecord, HealthRecord, TrainRecord, bits_per_byte
+    from zamba2_jax.train.metrics import EvalRecord, TrainRecord, bits_per_byte
 
     train_records = [record for record in records if isinstance(record, TrainRecord)]
     trained, training = (sum(getattr(record, name) for record in train_records) for name in ("tokens", "seconds"))
@@ -286,8 +293,7 @@ def summarize(
                 tokens, size = corpus.held_out[record.held_out].tokens, corpus.held_out_sizes[record.held_out]
                 found["bits_per_byte"] = bits_per_byte(record.loss, tokens, size)
             held_out[record.held_out][record.phase] = found
-    last_health = [record for record in records if isinstance(record, HealthRecord)][-1]
-    ratios = {layer: call.ratio for layer, call in last_health.calls.items()}
+    ratios = {layer: call.ratio for layer, call in _last_health(records).calls.items()}
     summary = {
         "held_out": held_out,
         "necessity": {name: found.as_dict() for name, found in needed.items()},
@@ -306,26 +312,40 @@ def summarize(
     costs = Table("silenced", title="What it needs: nats per token that the loss rises by", title_justify="left")
     for name in needed:
         costs.add_column(name, justify="right")
-    for part, words in SILENCED.items():
+    copied = needed["copying"]
+    for part in (of.part.name for of in copied.silenced):
+        words = (SILENCED | SILENCED_WITHOUT_CALLS)[part]
         costs.add_row(words, *(f"{found[part].increase:+.3f}" for found in needed.values()))
-    copied, low, high = needed["copying"], min(ratios.values()), max(ratios.values())
-    idle, drowned = HEALTHY_RATIOS
-    healthy = idle <= low and high <= drowned
     for table in (losses, costs):
         console.print()
         console.print(table)
-    console.print(
-        f"\nIt copies strings of symbols that it has never seen: {copied.accuracy:.0%} of the symbols right. With "
-        f"attention silenced, every token looking at all before it alike: {copied['all.attention'].accuracy:.0%}.",
-        soft_wrap=True,
-    )
+    console.print(f"\nIt copies strings of symbols that it has never seen: {copied.accuracy:.0%} of the symbols right.")
+    for of in copied.silenced:
+        if of.part.kind == "attention":
+            console.print(f"With attention silenced, every token looking at all before it alike: {of.accuracy:.0%}.")
+    if ratios:
+        _print_ratios(ratios.values(), console)
+    console.print(f"{trained:,} tokens at {trained / training:,.0f} tokens/s; {seconds:.0f} s in all")
+    console.print(f"Written to {directory}: {', '.join(OUTPUTS)}", soft_wrap=True)
+
+
+def _last_health(records: Sequence[Record]) -> HealthRecord:
+    from zamba2_jax.train.metrics import HealthRecord
+
+    return [record for record in records if isinstance(record, HealthRecord)][-1]
+
+
+def _print_ratios(ratios: Collection[float], console: Console) -> None:
+    """Says how large the shared blocks' output is, and whether that is healthy."""
+    from zamba2_jax.train.metrics import HEALTHY_RATIOS
+
+    low, high, (idle, drowned) = min(ratios), max(ratios), HEALTHY_RATIOS
+    healthy = idle <= low and high <= drowned
     console.print(
         f"What its shared blocks add to their layers' input is {low:.2g} to {high:.2g} times the residual stream; "
         f"{'healthy' if healthy else 'NOT healthy, see docs/health.md: healthy'} is {idle:g} to {drowned:g}.",
         soft_wrap=True,
     )
-    console.print(f"{trained:,} tokens at {trained / training:,.0f} tokens/s; {seconds:.0f} s in all")
-    console.print(f"Written to {directory}: {', '.join(OUTPUTS)}", soft_wrap=True)
 
 
 def _is_output(name: str) -> bool:

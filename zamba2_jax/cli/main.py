@@ -35,7 +35,9 @@ class Entry(NamedTuple):
 
 COMMANDS = {
     "chat": Entry("zamba2_jax.cli.chat", "Chat", "Talk with a model."),
-    "demo": Entry("zamba2_jax.cli.demo", "Demo", "Train a small Zamba2 on text this Python carries, and let it write."),
+    "demo": Entry(
+        "zamba2_jax.cli.demo", "Demo", "Train a small language model on text this Python carries, and let it write."
+    ),
     "export": Entry(
         "zamba2_jax.cli.export", "Export", "Write a checkpoint of a training run as a Hugging Face checkpoint."
     ),

@@ -1,5 +1,5 @@
 """What a trained model does with its parts."""
 
-from zamba2_jax.evaluate.silencing import Necessity, Silenced, necessity
+from zamba2_jax.evaluate.silencing import Necessity, Silenced, necessity, parts
 
-__all__ = ["Necessity", "Silenced", "necessity"]
+__all__ = ["Necessity", "Silenced", "necessity", "parts"]

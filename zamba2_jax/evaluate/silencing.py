@@ -24,8 +24,8 @@ from rich.table import Table
 from zamba2_jax.data.batches import Batch
 from zamba2_jax.files import write_atomically
 from zamba2_jax.inference.sampling import log_probability
+from zamba2_jax.interpret.taps import tap_names
 from zamba2_jax.models.base import LanguageModel
-from zamba2_jax.nn.config import ModelConfig
 from zamba2_jax.nn.parameter import named_parameters, with_values
 from zamba2_jax.nn.tap import Tap
 from zamba2_jax.ops.cross_entropy import map_positions
@@ -52,7 +52,7 @@ class Part(NamedTuple):
     """What is silenced together.
 
     Attributes:
-        place: "layers.3" for one layer; "all", "hybrid" or "plain" for all, those that call a shared block, the others.
+        place: "layers.3" for one layer; "all", or of those that call a shared block "hybrid", of the others "plain".
         kind: of what is silenced there.
         layers: that are concerned.
     """
@@ -195,34 +195,63 @@ class Necessity:
         return [kind for kind in KINDS if kind in present], cells
 
 
-def parts(config: ModelConfig) -> list[Part]:
-    """All parts of a model that can be silenced: each by itself, and then those of a kind together."""
-    layers, hybrid = tuple(range(config.num_layers)), config.hybrid_layers
+def parts(model: LanguageModel) -> list[Part]:
+    """All parts of a model that can be silenced: each by itself, and then those of a kind together.
+
+    Besides those of all layers together there are those of the hybrid and of the plain layers, where a layer is hybrid.
+    """
+    layers, hybrid = tuple(range(model.config.num_layers)), model.config.hybrid_layers
     plain = tuple(layer for layer in layers if layer not in hybrid)
-    of_call: Sequence[Kind] = ("attention", "adapters", "mlp", "shared")
-    of_layer: Sequence[Kind] = ("mixer", "layer")
-    single = [
-        Part(f"layers.{layer}", kind, (layer,))
-        for layer in layers
-        for kind in (*(of_call if layer in hybrid else ()), *of_layer)
-    ]
-    together = [
-        *(Part("all", kind, hybrid) for kind in of_call),
-        Part("all", "mixer", layers),
-        *(Part("hybrid", kind, hybrid) for kind in of_layer),
-        *(Part("plain", kind, plain) for kind in of_layer),
-    ]
-    return [*single, *(part for part in together if part.layers)]
+    kinds = _kinds_by_layer(model)
+    single = [Part(f"layers.{layer}", kind, (layer,)) for layer in layers for kind in KINDS if kind in kinds[layer]]
+
+    def together(place: str, layers: Sequence[int], wanted: Sequence[Kind]) -> list[Part]:
+        return [Part(place, kind, tuple(layer for layer in layers if kind in kinds[layer])) for kind in wanted]
+
+    groups = together("all", layers, [kind for kind in KINDS if kind != "layer"])
+    if hybrid:
+        groups += [*together("hybrid", hybrid, ("mixer", "layer")), *together("plain", plain, ("mixer", "layer"))]
+    return [*single, *(part for part in groups if part.layers)]
+
+
+def _kinds_by_layer(model: LanguageModel) -> list[set[Kind]]:
+    """What can be silenced in each layer, by the taps and the adapters that it has."""
+    config = model.config
+    kinds: list[set[Kind]] = [{"layer"} for _ in range(config.num_layers)]
+    for name in tap_names(model):
+        _, layer, place = [*name.split(".", 2), "", ""][:3]
+        kind = _kind_at(place, model.mixer_outputs)
+        if kind is not None:
+            kinds[int(layer)].add(kind)
+    for name, parameter in named_parameters(model).items():
+        if _is_adapter(name) and parameter.size:
+            kinds[config.hybrid_layers[int(name.split(".")[1])]].add("adapters")
+    return kinds
+
+
+def _kind_at(place: str, mixer_outputs: Sequence[str]) -> Kind | None:
+    """What is silenced at a tap of a layer, such as "shared.mlp.output"; see `LanguageModel`."""
+    if place in mixer_outputs:
+        return "mixer"
+    in_block = place.removeprefix("shared.")
+    kinds: dict[str, Kind] = {"attention.q": "attention", "mlp.output": "mlp"}
+    return "shared" if place == "shared.output" else kinds.get(in_block)
+
+
+def _is_adapter(name: str) -> bool:
+    """Whether a parameter is the second matrix of an adapter."""
+    return name.startswith("calls.") and name.endswith("_b")
 
 
 def necessity(model: LanguageModel, batches: Iterable[Batch], *, select: Iterable[str] = ("*",)) -> Necessity:
     """What the loss on the batches rises by when a part of the model is silenced.
 
-    For each call of a shared block: its attention made uniform over the tokens it may see; its adapters, those of
-    attention and MLP, at 0; the output of its MLP, and its whole output, at the mean over the tokens. For each layer:
-    its mixer's output at the mean; and at 0, which skips the layer, as all that a layer adds to the stream is that.
-    The same for all calls, and for all, the hybrid and the plain layers. A mean is that over the tokens of a batch,
-    padding left out, as they are with the other parts as they are silenced.
+    Where a layer, or the shared block that it calls, has them: attention made uniform over the tokens it may see; the
+    output of an MLP at the mean over the tokens. For each call of a shared block: its adapters, those of attention and
+    MLP, at 0; its whole output at the mean. For each layer: the output of its mixer, which in a transformer is
+    attention, at the mean; and all that it adds to the stream, but not what it calls, at 0, which skips the layer.
+    The same for all layers together, and of mixers for the hybrid and the plain ones. A mean is that over the tokens
+    of a batch, padding left out, as they are with the other parts as they are silenced.
 
     Args:
         model: the model.
@@ -233,7 +262,7 @@ def necessity(model: LanguageModel, batches: Iterable[Batch], *, select: Iterabl
         ValueError: a pattern matches no part, or the batches hold no token to predict.
     """
     select = tuple(select)
-    every = parts(model.config)
+    every = parts(model)
     chosen = [part for part in every if any(fnmatchcase(part.name, pattern) for pattern in select)]
     unmatched = [pattern for pattern in select if not any(fnmatchcase(part.name, pattern) for part in every)]
     if unmatched:
@@ -321,20 +350,16 @@ class _Silencer:
     def __call__(self, name: str, value: Array) -> Array:
         """The value, or what takes its place."""
         _, layer, place = [*name.split(".", 2), "", ""][:3]
+        kind = _kind_at(place, self._mixer_outputs)
+        if kind is None:
+            return value
+        silent = jnp.zeros_like(value) if kind == "attention" else self._mean(value)  # queries of 0: equal scores
+        value = jnp.where(self._is_on(kind, layer), silent, value)
+        adds = kind == "mixer" or place == "mlp.output"
+        return jnp.where(self._is_on("layer", layer), jnp.zeros_like(value), value) if adds else value
 
-        def silenced(kind: Kind, value: Array, silent: Array) -> Array:
-            return jnp.where(self._switches[KINDS.index(kind), int(layer)], silent, value)
-
-        if place == "shared.attention.q":  # equal scores
-            return silenced("attention", value, jnp.zeros_like(value))
-        if place == "shared.mlp.output":
-            return silenced("mlp", value, self._mean(value))
-        if place == "shared.output":
-            return silenced("shared", value, self._mean(value))
-        if place in self._mixer_outputs:
-            value = silenced("mixer", value, self._mean(value))
-            return silenced("layer", value, jnp.zeros_like(value))
-        return value
+    def _is_on(self, kind: Kind, layer: str) -> Bool[Array, ""]:
+        return self._switches[KINDS.index(kind), int(layer)]
 
     def _mean(self, value: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """Over the tokens, in at least float32."""
@@ -348,7 +373,7 @@ def _without_adapters(model: LanguageModel, switches: Bool[Array, " layers"]) ->
     layers = model.config.hybrid_layers
 
     def of(name: str, array: Array) -> Array:
-        if not name.startswith("calls.") or not name.endswith("_b"):
+        if not _is_adapter(name):
             return array
         return jnp.where(switches[layers[int(name.split(".")[1])]], 0, array)
 

@@ -46,9 +46,9 @@ class LanguageModel(nnx.Module):
     are made as `layer(config, rngs=, dtype=)`, and `make_layer` is there for a family whose layers differ. A layer is
     called as `layer(h, shared_output, state, context) -> (h, state)`, a block as `block(h, embedded, projected, call,
     state, context) -> (shared_output, state)`, `projected` being what its `project_embedded(embedded, backend)` gives.
-    Whole rows and single tokens take the same way; `context.is_step` tells. A block taps `attention.q` and
-    `attention.k`, and the config of a family with blocks has their `attention_scale`: a run's health is measured by
-    these.
+    Whole rows and single tokens take the same way; `context.is_step` tells. What attends, a block or a layer, taps
+    `attention.q`, and a block `attention.k` too, the config of whose family has the `attention_scale`: a run's health
+    is measured by these.
 
     Attributes:
         config: the architecture.
@@ -65,7 +65,9 @@ class LanguageModel(nnx.Module):
     block: ClassVar[Callable[..., nnx.Module]]
     call: ClassVar[Callable[..., nnx.Module]]
     mixer_outputs: ClassVar[tuple[str, ...]] = ()
-    """Taps inside of a layer that between them see all that it adds to the residual stream."""
+    """Taps inside of a layer at what its sequence mixer adds to the residual stream.
+
+    Besides that a layer adds at most the output of an MLP, tapped as `mlp.output`; see `evaluate.necessity`."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32):
         """A model with fresh parameters of compute dtype `dtype`, on the mesh that is set, if one is.

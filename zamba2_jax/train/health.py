@@ -18,6 +18,7 @@ from zamba2_jax.typing import Array, Float, at_least_fp32
 
 GROUPS = {
     "embed": "embedding",
+    "layers.*.mlp*": "mlps",
     "layers.*": "mixers",
     "shared.*": "shared_blocks",
     "calls.*.linear": "linears",

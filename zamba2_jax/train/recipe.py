@@ -1,4 +1,4 @@
-"""The recipe for Zamba2 by which `zamba2 demo` and the notebooks train, and which experiments/nano.toml writes out.
+"""The recipe by which `zamba2 demo` and the notebooks train, and which experiments/nano.toml writes out.
 
 Three phases: copying, from which attention learns to look things up; code; and, as the rate falls, prose with some of
 both. experiments/health says what each piece of it is worth. There is no JAX here until it is used.
@@ -6,12 +6,13 @@ both. experiments/health says what each piece of it is worth. There is no JAX he
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from zamba2_jax.choices import Decay
 
 if TYPE_CHECKING:
+    from zamba2_jax.nn.config import ModelConfig
     from zamba2_jax.train.optimizer import Optimizer
     from zamba2_jax.train.schedule import Phase
 
@@ -26,22 +27,45 @@ REPLAY = 0.3
 COPYING = 0.05
 """Share of copying in pretraining and annealing."""
 
-INIT_SCALE = {
+_INIT_SCALE = {
     "embed": 3.0,
     "layers.*.mamba.out": 0.3,
+    "layers.*.attention.o": 0.3,
+    "layers.*.mlp.down": 0.3,
     "shared.*.attention.o": 1.5,
     "shared.*.mlp.*": 1.5,
     "calls.*.linear": 1.5,
 }
-"""Factors of the initial matrices. The embedding is then not small beside what the mixers add to the stream, so that
+"""Factors of the initial matrices. The embedding is then not small beside what the layers add to the stream, so that
 attention sees the token it stands at, and the shared blocks' output is not small beside the stream from the start."""
+_RATES = {"shared.*": 0.4, "calls.*": 0.4}
+"""Factors of the learning rate: slower on all that a shared block's output is made by."""
 
 
-def optimizer() -> Optimizer:
-    """Muon, slower on all that a shared block's output is made by."""
+def init_scale(config: ModelConfig) -> dict[str, float]:
+    """Factors of the initial matrices of such a model, by their names; see `train.patterns.scale_matrices`."""
+    return _fitting(_INIT_SCALE, config)
+
+
+def optimizer(config: ModelConfig) -> Optimizer:
+    """Muon, slower on what belongs to shared blocks, if the model has any."""
     from zamba2_jax.train.optimizer import Muon, ParameterGroup
 
-    return Muon(groups=(ParameterGroup(match="shared.*", rate=0.4), ParameterGroup(match="calls.*", rate=0.4)))
+    rates = _fitting(_RATES, config)
+    return Muon(groups=tuple(ParameterGroup(match=pattern, rate=rate) for pattern, rate in rates.items()))
+
+
+def _fitting(values: Mapping[str, float], config: ModelConfig) -> dict[str, float]:
+    """The values whose patterns fit a parameter of such a model."""
+    import jax
+    from flax import nnx
+
+    from zamba2_jax.models.registry import init_model
+    from zamba2_jax.nn.parameter import named_parameters
+    from zamba2_jax.train.patterns import matches
+
+    names = named_parameters(jax.eval_shape(lambda: init_model(config, rngs=nnx.Rngs(0))))
+    return {pattern: value for pattern, value in values.items() if any(matches(name, pattern) for name in names)}
 
 
 def phases(

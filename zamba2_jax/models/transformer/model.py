@@ -41,7 +41,7 @@ class Transformer(LanguageModel):
 
     config: TransformerConfig
     layer = TransformerLayer
-    mixer_outputs = ("attention.output", "mlp.output")
+    mixer_outputs = ("attention.output",)
 
     @classmethod
     def layer_state(cls, config: TransformerConfig, layer: int, batch: int, capacity: int, dtype: DTypeLike) -> KVCache:
