@@ -9,5 +9,5 @@ Remat = Literal["none", "layer", "matmuls"]
 """What the forward pass keeps for the backward one: all; the input of each layer; the results of its matrix products,
 or sums of these, too, all else being recomputed."""
 
-Decay = Literal["constant", "linear", "cosine", "exponential"]
+Decay = Literal["constant", "linear", "cosine", "exponential", "1-sqrt"]
 """How the learning rate falls in a phase of training."""

@@ -18,6 +18,7 @@ def phase(**kwargs):
         ("linear", 2.0, 1.1, 0.2 + 1.8 * 0.1),
         ("cosine", 2.0, 1.1, 0.2 + 1.8 * (1 + math.cos(0.9 * math.pi)) / 2),
         ("exponential", 2.0, 2 * math.sqrt(0.1), 2 * 0.1**0.9),
+        ("1-sqrt", 2.0, 2 - 1.8 * math.sqrt(0.5), 2 - 1.8 * math.sqrt(0.9)),
     ],
 )
 def test_one_phase(decay, at_start, at_middle, near_end):
@@ -66,7 +67,7 @@ def test_is_pure_and_traceable():
         ({"warmup_steps": 1.5}, "warmup_steps=1.5"),
         ({"peak_fraction": 0.0}, "peak_fraction=0.0: expected a finite number > 0"),
         ({"peak_fraction": math.nan}, "peak_fraction=nan"),
-        ({"decay": "square"}, "decay='square': expected one of constant, linear, cosine, exponential"),
+        ({"decay": "square"}, "decay='square': expected one of constant, linear, cosine, exponential, 1-sqrt"),
         ({"final_fraction": 1.5}, r"final_fraction=1.5: expected a number in \[0, 1\]"),
         ({"decay": "exponential"}, "final_fraction=0.0: expected more than 0 with exponential decay"),
         ({"shares": {}}, "shares={}"),

@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import get_args
 
+import jax.numpy as jnp
 import optax
 
 from zamba2_jax.choices import Decay
@@ -23,7 +24,8 @@ class Phase:
         shares: of the rows, how much each source gives; they sum to 1.
         warmup_steps: steps of the linear rise from 0.
         peak_fraction: the peak, as a fraction of the run's peak rate.
-        decay: shape of the fall; "constant" does not fall.
+        decay: shape of the fall; "constant" does not fall, "1-sqrt" falls by the square root of the time
+            (arXiv:2405.18392).
         final_fraction: where the fall ends, as a fraction of the phase's peak.
 
     Raises:
@@ -90,8 +92,13 @@ def _curve(phase: Phase, peak: float) -> optax.Schedule:
         "linear": lambda: optax.linear_schedule(peak, final * peak, steps),
         "cosine": lambda: optax.cosine_decay_schedule(peak, steps, alpha=final),
         "exponential": lambda: optax.exponential_decay(peak, steps, final, end_value=final * peak),
+        "1-sqrt": lambda: _square_root_decay(peak, steps, final),
     }
     decay = decays[phase.decay]()
     if not phase.warmup_steps:
         return decay
     return optax.join_schedules([optax.linear_schedule(0.0, peak, phase.warmup_steps), decay], [phase.warmup_steps])
+
+
+def _square_root_decay(peak: float, steps: int, final: float) -> optax.Schedule:
+    return lambda step: peak * (1 - (1 - final) * jnp.sqrt(jnp.clip(step / steps, 0.0, 1.0)))
