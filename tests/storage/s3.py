@@ -6,6 +6,7 @@ serves at PORT until its standard input ends.
 """
 
 import contextlib
+import http.server
 import os
 import socket
 import subprocess
@@ -82,14 +83,51 @@ class Proxy:
                     threading.Thread(target=self.pump, args=ends, daemon=True).start()
 
     def pump(self, source, target, request):
-        with contextlib.suppress(OSError), source, target:
+        with contextlib.suppress(OSError):
             while piece := source.recv(1 << 16):
                 if request:
                     time.sleep(self.seconds)
                     self.passed += len(piece)
                 if self.broken:
-                    return
+                    break
                 target.sendall(piece)
+        for end in (source, target):  # unlike closing, it wakes who waits for the other
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+
+class ReadOnly(http.server.BaseHTTPRequestHandler):
+    """Answers as S3 does for a bucket that is empty and that this user may not write."""
+
+    protocol_version = "HTTP/1.1"
+
+    def answer(self, status, body):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self):
+        self.answer(200, b"<ListBucketResult><KeyCount>0</KeyCount><IsTruncated>false</IsTruncated></ListBucketResult>")
+
+    def do_HEAD(self):
+        self.answer(404, b"")
+
+    def do_PUT(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.answer(403, b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>")
+
+    def log_message(self, *args):
+        pass
+
+
+@contextlib.contextmanager
+def read_only_server():
+    """The port of one that refuses to be written."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), ReadOnly) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_address[1]
+        server.shutdown()
 
 
 def serve(port):

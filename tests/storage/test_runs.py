@@ -1,7 +1,6 @@
 """Runs whose directory is in an object store."""
 
 import json
-import os
 import signal
 import subprocess
 import time
@@ -12,8 +11,8 @@ import pytest
 from rich.console import Console
 
 from tests.helpers import COMMAND
-from tests.storage.s3 import Proxy
-from tests.train.runs import config, losses, numbers, table
+from tests.storage.s3 import Proxy, read_only_server
+from tests.train.runs import config, numbers, table
 from zamba2_jax.checkpoint.hf import load_hf
 from zamba2_jax.cli.main import main
 from zamba2_jax.parallel.hosts import run_mesh
@@ -67,7 +66,7 @@ def test_a_killed_run_goes_on_as_if_it_never_had_been(bucket, tmp_path):
     }
 
 
-def test_what_a_store_refuses_is_said_before_the_first_step(bucket, use, tmp_path, capsys, monkeypatch):
+def test_what_a_store_refuses_is_said_before_the_first_step(bucket, use, tmp_path, capsys):
     def said(**changes):
         (tmp_path / "run.json").write_text(json.dumps(table(tmp_path, **changes)))
         assert main(["train", "--config", str(tmp_path / "run.json")]) == 2
@@ -77,9 +76,9 @@ def test_what_a_store_refuses_is_said_before_the_first_step(bucket, use, tmp_pat
     assert "s4://x/run: expected a local path, s3:// or gs://" in said(directory="s4://x/run")
     RemoteDirectory(bucket).write("data/other.txt", b"x")
     assert f"{bucket}/data holds other.txt: expected a new directory" in said(directory=f"{bucket}/data")
-    refused = PermissionError("Access Denied")
-    monkeypatch.setattr("s3fs.S3FileSystem.pipe_file", lambda *args: (_ for _ in ()).throw(refused))
-    assert f"{bucket}/run/.claim.json: Access Denied" in said(directory=f"{bucket}/run")
+    with read_only_server() as port:
+        use(port)
+        assert f"{bucket}/run/.claim.json: Access Denied" in said(directory=f"{bucket}/run")
 
 
 def test_an_export_goes_there_and_a_run_on_another_mesh_begins_with_it(bucket, tmp_path, capsys):
@@ -95,7 +94,7 @@ def test_an_export_goes_there_and_a_run_on_another_mesh_begins_with_it(bucket, t
     np.testing.assert_array_equal(load_hf(out).embed[...], state.model.embed[...])
     assert main(["export", "--run", f"{bucket}/first", "--output", out]) == 2
     assert "hf is there already: expected a new or an empty directory" in capsys.readouterr().err
-    assert main(["export", "--run", f"{bucket}/nothing", "--output", out]) == 2
+    assert main(["export", "--run", f"{bucket}/nothing", "--output", f"{out}-2"]) == 2
     assert f"{bucket}/nothing is not the directory of a run" in capsys.readouterr().err
     further = config(tmp_path, directory=f"{bucket}/further", phases=phases, model={"hf": out}, tokenizer=out)
     assert run(further, QUIET)
