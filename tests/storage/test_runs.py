@@ -1,6 +1,7 @@
 """Runs whose directory is in an object store."""
 
 import json
+import os
 import signal
 import subprocess
 import time
@@ -11,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from tests.helpers import COMMAND
-from tests.storage.s3 import Proxy, read_only_server
+from tests.storage.s3 import Proxy, free_port, read_only_server
 from tests.train.runs import config, numbers, table
 from zamba2_jax.checkpoint.hf import load_hf
 from zamba2_jax.cli.main import main
@@ -142,3 +143,22 @@ def test_a_slow_store_does_not_slow_steps(bucket, server, use, tmp_path):
         seconds[name] = [record["seconds"] - record["waited"] for record in records if record["kind"] == "train"]
     # A checkpoint of the slow store takes seconds, 13 steps far less.
     assert sum(seconds["slow"]) < sum(seconds["fast"]) + 1
+
+
+@pytest.mark.slow
+def test_two_processes_that_share_nothing_make_one_run(bucket, tmp_path):
+    mesh, processes = {"fsdp": 2, "tensor": 2}, []
+    values = table(tmp_path, directory=f"{bucket}/run", mesh=mesh)
+    (tmp_path / "run.json").write_text(json.dumps(values))
+    join = ["--coordinator", f"localhost:{free_port()}", "--process-count", "2", "--process-id"]
+    for number in "01":
+        flags = "--xla_force_host_platform_device_count=2"
+        command = [*COMMAND, "train", "--config", str(tmp_path / "run.json"), *join, number]
+        environment = os.environ | {"XLA_FLAGS": flags}
+        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL))
+    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    names = RemoteDirectory(f"{bucket}/run/checkpoints/13").sizes()
+    assert {"commit-0-of-2.json", "commit-1-of-2.json"} < set(names)
+    alone = config(tmp_path, directory=str(tmp_path / "alone"), mesh=mesh)
+    assert run(alone, QUIET)
+    assert_same(outcome(config(tmp_path, directory=f"{bucket}/run")), outcome(alone))

@@ -36,7 +36,7 @@ def local_copy(source: str | os.PathLike[str], patterns: Sequence[str]) -> str |
 
     Args:
         source: a path, or a URL.
-        patterns: of the files of a directory to copy; none of directories within.
+        patterns: of the files of a directory to copy, none of directories within; without, a file is expected.
 
     Raises:
         FileNotFoundError: there is nothing at the URL.
@@ -50,7 +50,7 @@ def local_copy(source: str | os.PathLike[str], patterns: Sequence[str]) -> str |
         found = remote.sizes()
         names = [name for name in found if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
         if not names:
-            raise FileNotFoundError(f"{remote} holds no files named {', '.join(patterns)}")
+            raise FileNotFoundError(f"{remote}: {'it holds no ' + ', '.join(patterns) if patterns else 'no such file'}")
         version = remote.version(names)
     else:
         names, version = [remote.name], RemoteDirectory(remote.url.rsplit("/", 1)[0]).version([remote.name])
@@ -149,20 +149,43 @@ def scratch(url: str, number: int = 0) -> Iterator[Path]:
             shutil.rmtree(home / name, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def growing_file(path: str | os.PathLike[str], beside: str) -> Iterator[Path]:
+    """A local file to add to: the one at `path`, or a copy of a remote one that is copied back as it grows.
+
+    Args:
+        path: local, or a URL.
+        beside: name of a file in the same directory that goes with it, and is copied back before it.
+
+    Raises:
+        OSError: as `scratch`; or the store refuses, or cannot be reached.
+    """
+    if not is_remote(path):
+        yield Path(path)
+        return
+    url, _, name = os.fspath(path).rpartition("/")
+    remote = RemoteDirectory(url)
+    with scratch(os.fspath(path)) as directory:
+        there = {name, beside} & set(remote.sizes())
+        remote.download({file: directory / file for file in there})
+        with Mirror(directory, remote, last=name):
+            yield directory / name
+
+
 class Mirror:
     """Copies what changes in a local directory to a remote one, in the background; a context manager.
 
     At its end all is copied.
     """
 
-    def __init__(self, directory: Path, remote: RemoteDirectory, *, leave_out: str, last: str):
+    def __init__(self, directory: Path, remote: RemoteDirectory, *, last: str, leave_out: str | None = None):
         """What is in the directory now is there already.
 
         Args:
             directory: the local one.
             remote: the other.
-            leave_out: name of a directory within that is not copied.
             last: name of the file that is copied after those that change with it.
+            leave_out: name of a directory within that is not copied.
         """
         self._directory, self._remote, self._leave_out, self._last = directory, remote, leave_out, last
         self._copied = self._marks()
