@@ -99,7 +99,8 @@ def test_an_export_goes_there_and_a_run_on_another_mesh_begins_with_it(bucket, t
     assert f"{bucket}/nothing is not the directory of a run" in capsys.readouterr().err
     further = config(tmp_path, directory=f"{bucket}/further", phases=phases, model={"hf": out}, tokenizer=out)
     assert run(further, QUIET)
-    assert outcome(further)[0][0]["loss"] == outcome(wider)[0][-1]["loss"]
+    # On one device, the other on two: sums in another order.
+    assert outcome(further)[0][0]["loss"] == pytest.approx(outcome(wider)[0][-1]["loss"], rel=1e-6)
 
 
 def test_a_store_that_goes_away_costs_what_came_after_the_last_checkpoint(bucket, server, use, tmp_path, monkeypatch):
@@ -147,18 +148,30 @@ def test_a_slow_store_does_not_slow_steps(bucket, server, use, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_that_share_nothing_make_one_run(bucket, tmp_path):
-    mesh, processes = {"fsdp": 2, "tensor": 2}, []
-    values = table(tmp_path, directory=f"{bucket}/run", mesh=mesh)
-    (tmp_path / "run.json").write_text(json.dumps(values))
-    join = ["--coordinator", f"localhost:{free_port()}", "--process-count", "2", "--process-id"]
-    for number in "01":
-        flags = "--xla_force_host_platform_device_count=2"
-        command = [*COMMAND, "train", "--config", str(tmp_path / "run.json"), *join, number]
-        environment = os.environ | {"XLA_FLAGS": flags}
-        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL))
-    assert [process.wait(timeout=300) for process in processes] == [0, 0]
-    names = RemoteDirectory(f"{bucket}/run/checkpoints/13").sizes()
+    mesh = {"fsdp": 2, "tensor": 2}
+    phases = [{"name": name, "steps": 4, "shares": {"a": 1.0}} for name in ("first", "second")]
+
+    def start(number, port, **changes):
+        path = tmp_path / f"run-{number}.json"
+        path.write_text(json.dumps(table(tmp_path, directory=f"{bucket}/run", mesh=mesh, **changes)))
+        join = ["--coordinator", f"localhost:{port}", "--process-count", "2", "--process-id", str(number)]
+        environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+        return subprocess.Popen(
+            [*COMMAND, "train", "--config", str(path), *join], env=environment, stdout=subprocess.DEVNULL
+        )
+
+    for parts in (phases[:1], phases):  # the second time they begin with what both wrote
+        port = free_port()
+        assert [process.wait(timeout=300) for process in [start(n, port, phases=parts) for n in (0, 1)]] == [0, 0]
+    names = RemoteDirectory(f"{bucket}/run/checkpoints/8").sizes()
     assert {"commit-0-of-2.json", "commit-1-of-2.json"} < set(names)
-    alone = config(tmp_path, directory=str(tmp_path / "alone"), mesh=mesh)
+    alone = config(tmp_path, directory=str(tmp_path / "alone"), mesh=mesh, phases=phases)
     assert run(alone, QUIET)
-    assert_same(outcome(config(tmp_path, directory=f"{bucket}/run")), outcome(alone))
+    # The sums of two processes are taken in another order, over 8 steps.
+    (records, state), (records_alone, state_alone) = (
+        outcome(config(tmp_path, directory=directory, phases=phases))
+        for directory in (f"{bucket}/run", alone.directory)
+    )
+    assert records[-1]["loss"] == pytest.approx(records_alone[-1]["loss"], rel=1e-5)
+    for a, b in zip(jax.tree.leaves(state.model), jax.tree.leaves(state_alone.model), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-3)

@@ -15,7 +15,7 @@ from pathlib import Path
 from zamba2_jax.storage.local import cache_directory
 from zamba2_jax.storage.remote import RemoteDirectory
 
-BLOCK = 1 << 18
+BLOCK = 1 << 19
 """Bytes that are fetched together."""
 
 CACHE_BYTES = 16 << 30

@@ -48,7 +48,8 @@ def local_copy(source: str | os.PathLike[str], patterns: Sequence[str]) -> str |
     file = "" if remote.is_file() else None
     if file is None:
         found = remote.sizes()
-        names = [name for name in found if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+        top = (name for name in found if "/" not in name)
+        names = [name for name in top if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
         if not names:
             raise FileNotFoundError(f"{remote}: {'it holds no ' + ', '.join(patterns) if patterns else 'no such file'}")
         version = remote.version(names)
