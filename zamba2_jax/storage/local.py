@@ -45,30 +45,25 @@ def local_copy(source: str | os.PathLike[str], patterns: Sequence[str]) -> str |
     if not is_remote(source):
         return source
     remote = RemoteDirectory(os.fspath(source))
-    file = "" if remote.is_file() else None
-    if file is None:
-        found = remote.sizes()
-        top = (name for name in found if "/" not in name)
-        names = [name for name in top if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
-        if not names:
-            raise FileNotFoundError(f"{remote}: {'it holds no ' + ', '.join(patterns) if patterns else 'no such file'}")
-        version = remote.version(names)
-    else:
-        names, version = [remote.name], RemoteDirectory(remote.url.rsplit("/", 1)[0]).version([remote.name])
-    key = hashlib.sha256(f"{remote} {sorted(names)} {version}".encode()).hexdigest()[:32]
+    versions = {name: version for name, version in remote.versions().items() if _matches(name, patterns)}
+    if not versions:
+        raise FileNotFoundError(f"{remote}: {'it holds no ' + ', '.join(patterns) if patterns else 'no such file'}")
+    key = hashlib.sha256(f"{remote} {sorted(versions.items())}".encode()).hexdigest()[:32]
     target = cache_directory() / "copies" / key / remote.name
     if not target.exists():
         partial = target.with_name(f".{remote.name}.{secrets.token_hex(8)}")
         try:
-            if file is None:
-                remote.download({name: partial / name for name in names})
-            else:
-                remote.download({file: partial})
+            remote.download({name: partial / name if name else partial for name in versions})
             with contextlib.suppress(OSError):  # another process was faster
                 partial.rename(target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return target
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a file is to be copied: one that is named itself, or of a directory one at its top that fits."""
+    return not name or ("/" not in name and any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))
 
 
 def write_directory(path: str | os.PathLike[str], write: Callable[[Path], T], *, last: str) -> T:
@@ -167,7 +162,7 @@ def growing_file(path: str | os.PathLike[str], beside: str) -> Iterator[Path]:
     url, _, name = os.fspath(path).rpartition("/")
     remote = RemoteDirectory(url)
     with scratch(os.fspath(path)) as directory:
-        there = {name, beside} & set(remote.sizes())
+        there = [file for file in (name, beside) if (remote / file).is_file()]
         remote.download({file: directory / file for file in there})
         with Mirror(directory, remote, last=name):
             yield directory / name

@@ -5,7 +5,6 @@ complete.
 """
 
 import contextlib
-import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -66,12 +65,12 @@ class RemoteDirectory:
         """Bytes of every file in it and below, by its name in the directory; empty where there is nothing."""
         return {name: int(found["size"]) for name, found in self._found().items()}
 
-    def version(self, names: Iterable[str]) -> str:
-        """A hash that changes with the content of any of these files, as far as the store tells."""
-        found = self._found()
-        marks = ("size", "ETag", "etag", "mtime", "updated", "created")
-        said = [(name, [str(found[name].get(mark)) for mark in marks]) for name in sorted(names)]
-        return hashlib.sha256(repr(said).encode()).hexdigest()
+    def versions(self) -> dict[str, str]:
+        """What changes with the content of every file, as far as the store tells, by name; of a file its own by ""."""
+        if self.is_file():
+            with _at(self.url):
+                return {"": _version(self._files.info(self._root))}
+        return {name: _version(found) for name, found in self._found().items()}
 
     def is_file(self) -> bool:
         """Whether the URL is that of a file."""
@@ -135,6 +134,10 @@ def local_files(directory: Path) -> dict[str, Path]:
     """Every file in a local directory and below, by its name there."""
     files = (path for path in sorted(directory.rglob("*")) if path.is_file())
     return {path.relative_to(directory).as_posix(): path for path in files}
+
+
+def _version(details: Mapping[str, Any]) -> str:
+    return repr([str(details.get(mark)) for mark in ("size", "ETag", "etag", "mtime", "updated", "created")])
 
 
 def _each(work: Callable[[str], None], names: Iterable[str]) -> None:
