@@ -13,7 +13,7 @@ import transformers
 
 from zamba2_jax import decode_step, prefill, save_hf
 from zamba2_jax.models.base import LanguageModel
-from zamba2_jax.parity.case import VARIANTS
+from zamba2_jax.parity.variants import VARIANTS
 from zamba2_jax.parity.ours import random_model
 
 PROMPT, LENGTH = 8, 45

@@ -12,7 +12,8 @@ from zamba2_jax import preset
 from zamba2_jax.checkpoint.hf import save_hf
 from zamba2_jax.cli.parity import Parity
 from zamba2_jax.ops import backend
-from zamba2_jax.parity.case import VARIANTS, Case
+from zamba2_jax.parity.case import Case
+from zamba2_jax.parity.variants import VARIANTS
 from zamba2_jax.parity.check import check
 from zamba2_jax.parity.evidence import GROUPS
 from zamba2_jax.parity.ours import random_model

@@ -92,7 +92,8 @@ class Parity:
         return 1 if failed else 0
 
     def _cases(self) -> list[Case]:
-        from zamba2_jax.parity.case import VARIANTS, Case
+        from zamba2_jax.parity.case import Case
+        from zamba2_jax.parity.variants import VARIANTS
 
         if self.model is not None and self.preset is not None:
             raise ValueError("--model and --preset exclude each other")
