@@ -231,7 +231,6 @@ def _head(
     gradients: bool,
 ):
     """The loss, the logits, and, with `gradients`, those of the loss in h, the final norm and the output matrix."""
-
     backend = precision.backend
 
     def run(h: Array, norm: Array, matrix: Array) -> tuple[Array, Array]:

@@ -52,12 +52,13 @@ def _llama() -> Iterator[Case]:
     base = preset("transformer-tiny")
     # Of the frequencies of five pairs, 1 to 0.0016, one is kept, one is mixed and three are divided.
     scaling = RopeScaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=40)
+    scaled = dataclasses.replace(base, rope_scaling=scaling, rope_theta=5e3, tie_embeddings=True)
+    biases = dataclasses.replace(scaled, attention_bias=True, mlp_bias=True, rms_norm_eps=0.1)
     yield Case("llama-grouped-kv-heads", base)
     yield Case("llama-multi-head", dataclasses.replace(base, head_dim=None, kv_heads=6))
-    scaled = dataclasses.replace(base, rope_scaling=scaling, rope_theta=5e3, tie_embeddings=True)
     yield Case("llama-scaled-rope", scaled)
-    yield Case("llama-biases", dataclasses.replace(base, attention_bias=True, mlp_bias=True, rms_norm_eps=0.1))
-    yield Case("llama-left-padding", scaled, seq=37, left_padding=LEFT_PADDING)
+    yield Case("llama-linear-biases", biases)
+    yield Case("llama-left-padding", biases, seq=37, left_padding=LEFT_PADDING)
 
 
 def _mistral() -> Iterator[Case]:
