@@ -1,0 +1,53 @@
+"""What a layer carries on to the next token, by the names and in the layouts under which both sides show it."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from zamba2_jax.parity.evidence import Items
+from zamba2_jax.typing import Bool
+
+
+class States(NamedTuple):
+    """The states of a kind of layer.
+
+    Attributes:
+        names: under which they are compared; each is a group of evidence.
+        taps: values inside of our layer that they are made of; see `nn.tap`.
+        from_taps: makes them: (architecture, values by tap, where tokens are real [b, t]) -> states by name.
+    """
+
+    names: tuple[str, ...]
+    taps: tuple[str, ...]
+    from_taps: Callable[[Any, Mapping[str, np.ndarray], Bool[np.ndarray, "b t"]], Items]
+
+
+def _recurrent(config: Any, values: Mapping[str, np.ndarray], real: np.ndarray) -> Items:
+    """As PyTorch keeps them: x, B and C in one, [b, e + 2gn, past], and the state of the recurrence [b, h, p, n]."""
+    conv = np.concatenate([values["mamba.conv_x_state"], values["mamba.conv_bc_state"]], axis=-1).swapaxes(1, 2)
+    return {"conv_state": conv, "ssm_state": values["mamba.ssm_state"]}
+
+
+def _attended(config: Any, values: Mapping[str, np.ndarray], real: np.ndarray) -> Items:
+    """As a cache of PyTorch keeps them: those that the next token sees, [b, kv, t, p], 0 at padding."""
+    masked = {name: (values[f"attention.{name[0]}"] * real[..., None, None]).swapaxes(1, 2) for name in KEYS_VALUES}
+    return {name: last_seen(config, array) for name, array in masked.items()}
+
+
+def last_seen(config: Any, array: np.ndarray) -> np.ndarray:
+    """Of keys or values [b, kv, t, p] those that a token after them sees."""
+    window = config.sliding_window
+    return array if window is None else array[:, :, max(array.shape[2] - window + 1, 0) :]
+
+
+KEYS_VALUES = ("keys", "values")
+
+MAMBA2 = States(
+    names=("conv_state", "ssm_state"),
+    taps=("mamba.conv_x_state", "mamba.conv_bc_state", "mamba.ssm_state"),
+    from_taps=_recurrent,
+)
+"""Of a Mamba2 layer: the last inputs of its convolutions, and its recurrence."""
+ATTENTION = States(names=KEYS_VALUES, taps=("attention.k", "attention.v"), from_taps=_attended)
+"""Of an attention layer: keys, rotated, and values."""
