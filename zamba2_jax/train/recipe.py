@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 from zamba2_jax.choices import Decay
 
 if TYPE_CHECKING:
+    from zamba2_jax.nn.config import ModelConfig
+    from zamba2_jax.train.config import RunConfig
     from zamba2_jax.train.optimizer import Optimizer
     from zamba2_jax.train.schedule import Phase
 
@@ -88,3 +90,74 @@ def phases(
             final_fraction=0.01,
         ),
     ]
+
+
+def run_config(
+    model: ModelConfig,
+    *,
+    steps: Sequence[int] = STEPS,
+    batch_size: int = 4,
+    length: int = 128,
+    learning_rate: float = LEARNING_RATE,
+    directory: str = "runs/recipe",
+) -> RunConfig:
+    """The run that trains an architecture by the recipe, on the embedded corpus.
+
+    What the recipe says of parameters that the architecture does not have, such as shared blocks, is left out.
+
+    Args:
+        model: the architecture.
+        steps: of the three phases.
+        batch_size: rows of a step.
+        length: tokens of a row.
+        learning_rate: the peak.
+        directory: of the run.
+
+    Raises:
+        ValueError: a value breaks a rule of `RunConfig`.
+    """
+    import dataclasses
+
+    import jax
+    from flax import nnx
+
+    from zamba2_jax.data.sources import SourceConfig
+    from zamba2_jax.data.synthetic import Copying
+    from zamba2_jax.models.registry import init_model
+    from zamba2_jax.train.config import EMBEDDED_TOKENIZER, EvaluationConfig, LoggingConfig, ModelSource, RunConfig
+    from zamba2_jax.train.patterns import matches
+    from zamba2_jax.train.stacks import parameter_names
+
+    names = parameter_names(jax.eval_shape(lambda: init_model(model, rngs=nnx.Rngs(0))))
+
+    def fits(pattern: str) -> bool:
+        return any(matches(name, pattern) for name in names)
+
+    by_recipe = optimizer()
+    groups = tuple(group for group in by_recipe.groups if fits(group.match))
+    # A row holds the longest string twice, with a marker between, BOS and EOS.
+    longest = min(60, (length - 3) // 2)
+    copying = Copying(symbols=64, lengths=(min(3, longest), longest), distinct=True)
+    return RunConfig(
+        directory=directory,
+        model=ModelSource(architecture={"model_type": model.model_type, **dataclasses.asdict(model)}),
+        tokenizer=EMBEDDED_TOKENIZER,
+        sources={"code": SourceConfig(kind="code"), "prose": SourceConfig(kind="prose"), "copying": copying},
+        phases=tuple(phases(steps)),
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        length=length,
+        optimizer=dataclasses.replace(
+            by_recipe, groups=tuple(group for group in by_recipe.groups if fits(group.match))
+        ),
+        init_scale={pattern: factor for pattern, factor in INIT_SCALE.items() if fits(pattern)},
+        evaluation=EvaluationConfig(
+            every=125,
+            sources={
+                "prose": SourceConfig(kind="held_out_prose"),
+                "code": SourceConfig(kind="held_out_code"),
+                "copying": dataclasses.replace(copying, lengths=(-(-longest // 3), longest)),
+            },
+        ),
+        logging=LoggingConfig(every=5),
+    )
