@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from zamba2_jax.inference.engine import Completion, Engine, Request, Token
     from zamba2_jax.inference.sampling import Sampling
     from zamba2_jax.interpret.taps import capture, edits_tap, tap_names
+    from zamba2_jax.lab.fitting import fit
+    from zamba2_jax.lab.result import Outcome, Result
     from zamba2_jax.models.cache import cache_bytes, init_cache
     from zamba2_jax.models.flops import count_flops, count_parameters, match
     from zamba2_jax.models.mamba2.config import Mamba2LMConfig
@@ -38,6 +40,8 @@ _MODULES = {
     "inference.engine": "Completion Engine Request Token",
     "inference.sampling": "Sampling",
     "interpret.taps": "capture edits_tap tap_names",
+    "lab.fitting": "fit",
+    "lab.result": "Outcome Result",
     "models.cache": "cache_bytes init_cache",
     "models.flops": "count_flops count_parameters match",
     "models.mamba2.config": "Mamba2LMConfig",
@@ -66,7 +70,9 @@ __all__ = [
     "Mamba2LM",
     "Mamba2LMConfig",
     "MistralConfig",
+    "Outcome",
     "Request",
+    "Result",
     "Sampling",
     "Tap",
     "Token",
@@ -80,6 +86,7 @@ __all__ = [
     "decode_step",
     "default_backend",
     "edits_tap",
+    "fit",
     "fork",
     "generate",
     "init_cache",

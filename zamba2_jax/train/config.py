@@ -233,13 +233,42 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         ValueError: the file or an override is not valid, a key is unknown or missing, or a value breaks a rule.
         OSError: the file cannot be read.
     """
+    return from_table(RunConfig, read_table(path, overrides))
+
+
+def read_table(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The tables that `load_config` makes a run of.
+
+    Raises:
+        ValueError: the file or an override is not valid.
+        OSError: the file cannot be read.
+    """
     text = path.read_text(encoding="utf-8")
     try:
         table = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except ValueError as error:
         raise ValueError(f"{path} is not valid: {error}") from error
     for override in overrides:
-        _override(table, override)
+        key, equals, written = override.partition("=")
+        if not equals:
+            raise ValueError(f"--set {override}: expected key=value")
+        try:
+            value = tomllib.loads(f"value = {written}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = written
+        _set(table, key.strip(), value, f"--set {override}")
+    return table
+
+
+def with_overrides(config: RunConfig, overrides: Mapping[str, Any]) -> RunConfig:
+    """The run with other values for some keys, as "phases.0.steps" or "model.num_layers".
+
+    Raises:
+        ValueError: a key is unknown, or a value breaks a rule.
+    """
+    table = config.as_dict()
+    for key, value in overrides.items():
+        _set(table, key, value, f"{key}={value!r}")
     return from_table(RunConfig, table)
 
 
@@ -289,7 +318,12 @@ def differences(before: RunConfig, now: RunConfig) -> list[str]:
         tree["step"] = {"z_loss": tree["step"]["z_loss"]}
     new["phases"] = new["phases"][: len(old["phases"])]
     new["sources"] = {name: source for name, source in new["sources"].items() if name in old["sources"]}
-    flat_old, flat_new = (_flatten({k: v for k, v in tree.items() if k not in _FREE}) for tree in (old, new))
+    return differing(old, new, free=_FREE)
+
+
+def differing(before: Mapping[str, Any], now: Mapping[str, Any], *, free: Sequence[str] = ()) -> list[str]:
+    """Where two trees of tables, as of `RunConfig.as_dict`, differ but for the keys `free`, a line each."""
+    flat_old, flat_new = (_flatten({k: v for k, v in tree.items() if k not in free}) for tree in (before, now))
     return [
         f"{key}: {flat_old.get(key)!r} before, {flat_new.get(key)!r} now"
         for key in [*flat_old, *(key for key in flat_new if key not in flat_old)]
@@ -350,26 +384,21 @@ def _convert_scalar(kind: type, value: Any, place: str) -> Any:
     return value
 
 
-def _override(table: dict[str, Any], text: str) -> None:
-    """Sets one value in nested tables and lists."""
-    path, equals, written = text.partition("=")
-    keys = path.strip().split(".")
-    if not equals or not all(keys):
-        raise ValueError(f"--set {text}: expected key=value")
-    try:
-        value = tomllib.loads(f"value = {written}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = written
+def _set(table: dict[str, Any], path: str, value: Any, shown: str) -> None:
+    """Sets one value in nested tables and lists; `shown` begins the messages."""
+    keys = path.split(".")
+    if not all(keys):
+        raise ValueError(f"{shown}: expected key=value")
     at: Any = table
     for depth, key in enumerate(keys):
         place = ".".join(keys[:depth])
         index: Any = key
         if isinstance(at, list):
             if not key.isdecimal() or int(key) >= len(at):
-                raise ValueError(f"--set {text}: {place} has the entries 0 to {len(at) - 1}, not {key}")
+                raise ValueError(f"{shown}: {place} has the entries 0 to {len(at) - 1}, not {key}")
             index = int(key)
         elif not isinstance(at, dict):
-            raise ValueError(f"--set {text}: {place} is {at!r}, expected a table")
+            raise ValueError(f"{shown}: {place} is {at!r}, expected a table")
         if depth == len(keys) - 1:
             at[index] = value
         else:

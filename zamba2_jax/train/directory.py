@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import fcntl
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,13 @@ NAMES = (CONFIG, ARCHITECTURE, TOKENIZER, CHECKPOINTS, METRICS, TENSORBOARD, PRO
 
 
 @contextlib.contextmanager
-def claim(directory: Path) -> Iterator[None]:
+def claim(directory: Path, *, marker: str = CONFIG, names: Sequence[str] = NAMES) -> Iterator[None]:
     """Makes the directory of a run if need be, and keeps other processes from running in it meanwhile.
+
+    Args:
+        directory: of a run, or of what else lives by these rules.
+        marker: the file that says that one is there, which may then hold anything.
+        names: what one without it may hold.
 
     Raises:
         OSError: it cannot be written to, holds what is not of a run, or another process is running in it.
@@ -38,8 +43,8 @@ def claim(directory: Path) -> Iterator[None]:
     if directory.exists() and not directory.is_dir():
         raise FileExistsError(f"{directory} is a file: expected a directory for the run")
     directory.mkdir(parents=True, exist_ok=True)
-    foreign = sorted(path.name for path in directory.iterdir() if path.name not in NAMES and path.name[0] != ".")
-    if foreign and not (directory / CONFIG).is_file():
+    foreign = sorted(path.name for path in directory.iterdir() if path.name not in names and path.name[0] != ".")
+    if foreign and not (directory / marker).is_file():
         raise FileExistsError(f"{directory} holds {', '.join(foreign[:3])}: expected a new directory, or that of a run")
     with (directory / ".lock").open("w") as lock:
         try:
@@ -82,13 +87,13 @@ def resolve_architecture(config: RunConfig, directory: Path) -> ModelConfig:
     return architecture
 
 
-def open_tokenizer(config: RunConfig, directory: Path, vocab_size: int) -> Tokenizer | None:
-    """The tokenizer of the run that is in the directory, or else of a new one; None where it has none.
+def open_tokenizer(config: RunConfig, directory: Path | None, vocab_size: int) -> Tokenizer | None:
+    """The tokenizer of the run that is in the directory, if any, or else of a new one; None where it has none.
 
     Raises:
         ValueError, OSError: as `load_tokenizer`, `embedded_tokenizer`.
     """
-    if (directory / TOKENIZER).is_dir():
+    if directory is not None and (directory / TOKENIZER).is_dir():
         return load_tokenizer(directory / TOKENIZER)
     if config.tokenizer == EMBEDDED_TOKENIZER:
         return embedded_tokenizer(vocab_size)

@@ -39,7 +39,7 @@ def export(directory: Path, out: Path, step: int | None = None) -> int:
                 raise FileNotFoundError(f"{checkpoints.directory} holds no checkpoint yet")
             step = checkpoints.steps[-1]
         if config.model.hf is None and (directory / TOKENIZER).is_dir():
-            architecture = _with_token_ids(architecture, load_tokenizer(directory / TOKENIZER))
+            architecture = with_token_ids(architecture, load_tokenizer(directory / TOKENIZER))
         like = jax.eval_shape(lambda: init_model(architecture, rngs=nnx.Rngs(0), dtype=config.dtype))
         model = checkpoints.restore_part(step, like, "model")
     save_hf(model, out)
@@ -48,7 +48,7 @@ def export(directory: Path, out: Path, step: int | None = None) -> int:
     return step
 
 
-def _with_token_ids(architecture: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
+def with_token_ids(architecture: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
     """The architecture with the special tokens of the tokenizer it was trained with, as far as it can be fed them."""
 
     def known(name: str) -> int | None:

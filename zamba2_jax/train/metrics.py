@@ -150,8 +150,7 @@ class JsonLines:
 
     def __call__(self, record: Record) -> None:
         """Writes one record."""
-        values = {"kind": KINDS[type(record)], **_values(record)}
-        self._file.write(json.dumps(_finite(values)) + "\n")
+        self._file.write(json.dumps(as_line(record)) + "\n")
         self._file.flush()
 
 
@@ -197,6 +196,11 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     order = list(KINDS.values())
     last = {(line["step"], order.index(line["kind"]), line.get("held_out", "")): line for line in lines}
     return [last[key] for key in sorted(last)]
+
+
+def as_line(record: Record) -> dict[str, Any]:
+    """A record for JSON, as `read_records` gives it; a number that is not finite is None."""
+    return _finite({"kind": KINDS[type(record)], **_values(record)})
 
 
 def tee(*reports: Report) -> Report:
