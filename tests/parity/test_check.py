@@ -47,8 +47,8 @@ def groups(states, *, gradients=True):
         pytest.param(cut("linear-biases"), True, id="linear-biases cut"),
         pytest.param(cut("left-padding"), False, id="left-padding cut"),
         pytest.param(cut("mamba2-linear-biases"), True, id="mamba2-linear-biases cut"),
-        pytest.param(cut("llama-left-padding"), True, id="llama-left-padding cut"),
-        pytest.param(cut("mistral-window-left-padding"), True, id="mistral-window-left-padding cut"),
+        pytest.param(cut("llama-linear-biases"), True, id="llama-linear-biases cut"),
+        pytest.param(cut("mistral-window"), True, id="mistral-window cut"),
         *(pytest.param(case, True, marks=pytest.mark.slow, id=name) for name, case in VARIANTS.items()),
     ],
 )
@@ -70,7 +70,7 @@ def test_variant_is_within_the_limits_in_float32(case, gradients):
         pytest.param(cut("1.2b-miniature"), False, id="1.2b-miniature cut"),
         *(
             pytest.param(VARIANTS[name], True, marks=pytest.mark.slow, id=name)
-            for name in ("1.2b-miniature", "7b-miniature")
+            for name in ("1.2b-miniature", "7b-miniature", "mamba2-miniature", "llama-grouped-kv-heads")
         ),
     ],
 )
