@@ -16,8 +16,9 @@ from zamba2_jax.nn.parameter import named_parameters
 from zamba2_jax.ops import backend
 from zamba2_jax.parity.case import Case
 from zamba2_jax.parity.check import check
+from zamba2_jax.parity.families import reference_family
 from zamba2_jax.parity.ours import random_model
-from zamba2_jax.parity.states import KEYS_VALUES, MAMBA2
+from zamba2_jax.parity.states import MAMBA2
 from zamba2_jax.parity.streaming import check_streaming
 from zamba2_jax.parity.variants import VARIANTS
 
@@ -28,9 +29,9 @@ STREAMED = ("mamba2-linear-biases", "mistral-window")
 
 
 def cut(name, **changes):
-    """A variant of two layers, or of three of Zamba2: a plain one and two with calls."""
+    """A variant of two layers, or, where there are calls, of three: a plain one and two with calls."""
     config = VARIANTS[name].config
-    layers = {"num_layers": 3, "hybrid_layer_ids": (1, 2)} if config.model_type == "zamba2" else {"num_layers": 2}
+    layers = {"num_layers": 3, "hybrid_layer_ids": (1, 2)} if config.num_calls else {"num_layers": 2}
     return dataclasses.replace(VARIANTS[name], config=dataclasses.replace(config, **layers), **changes)
 
 
@@ -46,15 +47,15 @@ def groups(states, *, gradients=True):
         pytest.param(cut("linear-biases"), True, id="linear-biases cut"),
         pytest.param(cut("left-padding"), False, id="left-padding cut"),
         pytest.param(cut("mamba2-linear-biases"), True, id="mamba2-linear-biases cut"),
-        pytest.param(cut("llama-left-padding"), True, id="llama-left-padding cut"),
-        pytest.param(cut("mistral-window-left-padding"), True, id="mistral-window-left-padding cut"),
+        pytest.param(cut("llama-linear-biases"), True, id="llama-linear-biases cut"),
+        pytest.param(cut("mistral-window"), True, id="mistral-window cut"),
         *(pytest.param(case, True, marks=pytest.mark.slow, id=name) for name, case in VARIANTS.items()),
     ],
 )
 def test_variant_is_within_the_limits_in_float32(case, gradients):
     report = check(case, new_tokens=12, gradients=gradients)
     assert report.failures == ()
-    states = KEYS_VALUES if case.config.model_type in ("llama", "mistral") else MAMBA2.names
+    states = reference_family(case.config).states.names
     assert {row.group for row in report.rows} == groups(states, gradients=gradients)
     for group in ("layer", *states):
         assert sum(row.group == group for row in report.rows) == case.config.num_layers
@@ -69,7 +70,7 @@ def test_variant_is_within_the_limits_in_float32(case, gradients):
         pytest.param(cut("1.2b-miniature"), False, id="1.2b-miniature cut"),
         *(
             pytest.param(VARIANTS[name], True, marks=pytest.mark.slow, id=name)
-            for name in ("1.2b-miniature", "7b-miniature")
+            for name in ("1.2b-miniature", "7b-miniature", "mamba2-miniature", "llama-grouped-kv-heads")
         ),
     ],
 )

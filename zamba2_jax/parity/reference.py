@@ -15,7 +15,7 @@ from zamba2_jax.nn.config import ModelConfig
 from zamba2_jax.parity.case import Batch
 from zamba2_jax.parity.evidence import Items
 from zamba2_jax.parity.families import reference_family
-from zamba2_jax.parity.states import KEYS_VALUES
+from zamba2_jax.parity.states import ATTENTION
 
 CHUNK_SIZE = 16
 """Of PyTorch's scan: a speed setting there too; small, so that short rows have several chunks."""
@@ -161,7 +161,7 @@ def states(config: ModelConfig, cache: transformers.Cache, layer: int, batch: Ba
     items = {}
     for name, state in reference_family(config).cached(config, cache, layer).items():
         array = numpy(state)
-        if name in KEYS_VALUES:
+        if name in ATTENTION.names:
             array = array * batch.real[:, None, batch.real.shape[1] - array.shape[2] :, None]
         items[f"layers.{layer}.{name}"] = array
     return items

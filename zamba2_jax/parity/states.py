@@ -31,17 +31,11 @@ def _recurrent(config: Any, values: Mapping[str, np.ndarray], real: np.ndarray) 
 
 def _attended(config: Any, values: Mapping[str, np.ndarray], real: np.ndarray) -> Items:
     """As a cache of PyTorch keeps them: those that the next token sees, [b, kv, t, p], 0 at padding."""
-    masked = {name: (values[f"attention.{name[0]}"] * real[..., None, None]).swapaxes(1, 2) for name in KEYS_VALUES}
-    return {name: last_seen(config, array) for name, array in masked.items()}
+    window, t = config.sliding_window, real.shape[1]
+    first = 0 if window is None else max(t - window + 1, 0)
+    kept = {"keys": values["attention.k"], "values": values["attention.v"]}
+    return {name: (array * real[..., None, None])[:, first:].swapaxes(1, 2) for name, array in kept.items()}
 
-
-def last_seen(config: Any, array: np.ndarray) -> np.ndarray:
-    """Of keys or values [b, kv, t, p] those that a token after them sees."""
-    window = config.sliding_window
-    return array if window is None else array[:, :, max(array.shape[2] - window + 1, 0) :]
-
-
-KEYS_VALUES = ("keys", "values")
 
 MAMBA2 = States(
     names=("conv_state", "ssm_state"),
@@ -49,5 +43,5 @@ MAMBA2 = States(
     from_taps=_recurrent,
 )
 """Of a Mamba2 layer: the last inputs of its convolutions, and its recurrence."""
-ATTENTION = States(names=KEYS_VALUES, taps=("attention.k", "attention.v"), from_taps=_attended)
+ATTENTION = States(names=("keys", "values"), taps=("attention.k", "attention.v"), from_taps=_attended)
 """Of an attention layer: keys, rotated, and values."""
