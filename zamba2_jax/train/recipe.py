@@ -147,9 +147,7 @@ def run_config(
         learning_rate=learning_rate,
         batch_size=batch_size,
         length=length,
-        optimizer=dataclasses.replace(
-            by_recipe, groups=tuple(group for group in by_recipe.groups if fits(group.match))
-        ),
+        optimizer=dataclasses.replace(by_recipe, groups=groups),  # type: ignore[arg-type]
         init_scale={pattern: factor for pattern, factor in INIT_SCALE.items() if fits(pattern)},
         evaluation=EvaluationConfig(
             every=125,
