@@ -13,7 +13,6 @@ import jax
 import numpy as np
 from common import machine, option_parser, save_results, use_cpu, use_large_pages
 
-
 from zamba2_jax import preset
 from zamba2_jax.data.batches import Batch
 from zamba2_jax.lab.together import Program, Together, compile_group, make_groups
@@ -76,7 +75,9 @@ def main() -> None:
             "CPU seconds per step": statistics.median(processor[way]) / SEEDS / STEPS,
         }
         print(f"{way}: {rate:.1f} steps/s, {statistics.median(ratios):.2f} times in turn", end=" ")
-        print(f"(rounds {min(ratios):.2f} to {max(ratios):.2f}), {results[way]['CPU seconds per step'] * 1e3:.0f} ms CPU")
+        print(
+            f"(rounds {min(ratios):.2f} to {max(ratios):.2f}), {results[way]['CPU seconds per step'] * 1e3:.0f} ms CPU"
+        )
     save_results(__file__, results)
 
 

@@ -96,7 +96,7 @@ def test_runs_together_are_those_alone(base, single, threads, together):
     assert result.variants == ["learning_rate=0.01", "learning_rate=0.03"]
     (_, found) = result["learning_rate=0.03"]
     records, model = single
-    assert found.seed == 1 and found.status == "finished"
+    assert (found.seed, found.status) == (1, "finished")
     assert_same(found.records, records, rtol=2e-4)
     assert_same_parameters(found.model(), model, atol=2e-4)
     last = [record for record in records if record["kind"] == "eval"][-1]
@@ -116,7 +116,7 @@ def test_a_run_that_diverges_stops_no_other(base, threads):
         for outcome in result["wild"]:
             assert "2 steps in a row" in outcome.error
             assert not outcome.metrics
-            with pytest.raises(ValueError, match="wild/seed-. diverged: it left no model"):
+            with pytest.raises(ValueError, match=r"wild/seed-. diverged: it left no model"):
                 outcome.model()
         for outcome, other in zip(result["steady"], threads["learning_rate=0.01"], strict=True):
             assert_same(outcome.records, other.records, rtol=2e-4)
@@ -161,12 +161,11 @@ def test_a_killed_sweep_goes_on_with_what_is_left(base, threads, home):
         assert_same_parameters(outcome.model(), other.model(), atol=2e-4)
     loaded = Result.load(directory)
     assert [outcome.metrics for outcome in loaded.outcomes] == [outcome.metrics for outcome in result.outcomes]
+    other = home / "other"
+    shutil.copytree(directory / "learning_rate=0.01" / "seed-0", other / "run" / "seed-0")
+    (other / "sweep.json").write_text(json.dumps({"runs": ["run/seed-0"], "baseline": None}))
     with pytest.raises(ValueError, match=r"variant 'run': the run in .* has another config:\n  phases.0.steps: 7 befo"):
-        moved = home / "other"
-        moved.mkdir()
-        shutil.copytree(directory / "learning_rate=0.01" / "seed-0", moved / "run" / "seed-0")
-        (moved / "sweep.json").write_text(json.dumps({"runs": ["run/seed-0"], "baseline": None}))
-        fit(base, overrides={"phases.0.steps": 8}, directory=moved, console=QUIET)
+        fit(base, overrides={"phases.0.steps": 8}, directory=other, console=QUIET)
 
 
 def test_what_is_saved_is_loaded_with_what_each_model_needs(base, home):
@@ -211,9 +210,33 @@ def test_mistakes_are_found_before_the_first_step(base, home, monkeypatch):
         assert not list((home / "wrong").glob("[!.]*"))
     monkeypatch.setattr(fitting, "available_memory", lambda: 100_000)
     wide = dataclasses.replace(base, learning_rate=1e-3, length=31)
-    with pytest.raises(ValueError, match="variant 'a': 0.0 GB are needed, 0.0 GB are free: expected a smaller model"):
+    with pytest.raises(ValueError, match=r"variant 'a': 0.0 GB are needed, 0.0 GB are free: expected a smaller model"):
         fit({"a": base, "b": wide}, console=QUIET)
 
 
 def _with(home, **changes):
     return from_table(RunConfig, table(home, **changes))
+
+
+def test_the_page_s_example_runs(monkeypatch, tmp_path):
+    """On a smaller model, for a few steps."""
+    page = (Path(__file__).parents[2] / "docs" / "lab.md").read_text()
+    code = page.split("```python\n")[1].split("```")[0]
+    small = (
+        "vocab_size=512, hidden_size=16, num_layers=2, hybrid_layer_ids=(0, 1), mamba_heads=2, d_state=8, ffn_size=24"
+    )
+    for old, new in (
+        ("(240, 240, 840)", "(2, 2, 2)"),
+        ('preset("zamba2-nano"', f'preset("zamba2-nano", {small}'),
+        ("range(4)", "range(2)"),
+        ("steps=STEPS", "steps=STEPS, length=32, batch_size=16"),
+    ):
+        assert old in code
+        code = code.replace(old, new)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code, names)
+    row = names["result"].table()["one block", "prose.loss"]
+    assert (row.n, row.difference.paired) == (2, True)
+    assert names["model"].config.num_shared_blocks == 1
+    assert (tmp_path / "shared-blocks.png").stat().st_size > 10_000
