@@ -94,9 +94,14 @@ class Table:
         def finite(value: Any) -> Any:
             return None if isinstance(value, float) and not math.isfinite(value) else value
 
-        rows = [dataclasses.asdict(row) for row in self.rows]
-        flat = [row | {f"difference_{k}": v for k, v in (row.pop("difference") or {}).items()} for row in rows]
-        return [{key: finite(value) for key, value in row.items()} for row in flat]
+        names = [field.name for field in dataclasses.fields(Difference)]
+        found = []
+        for row in self.rows:
+            values = {field.name: getattr(row, field.name) for field in dataclasses.fields(row)}
+            apart = values.pop("difference")
+            values |= {f"difference_{name}": getattr(apart, name, None) for name in names}
+            found.append({key: finite(value) for key, value in values.items()})
+        return found
 
     def _heads(self) -> list[str]:
         against = [] if self.baseline is None else [f"less {self.baseline}", "95 % interval"]
