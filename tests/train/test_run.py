@@ -208,6 +208,7 @@ def test_a_run_that_diverges_ends_and_names_its_last_checkpoint(home, tmp_path):
     with pytest.raises(DivergedError, match=r"5 steps in a row, .*; the last checkpoint is .*/checkpoints/\d+"):
         run(values, QUIET)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(last_state(values).model)))
+    assert "5 steps in a row" in (tmp_path / "run" / ".diverged").read_text()
 
 
 @pytest.mark.filterwarnings("ignore")  # of Orbax, about what it leaves behind
