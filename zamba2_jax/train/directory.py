@@ -22,9 +22,11 @@ TOKENIZER = "tokenizer"
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
+TRACKERS = "trackers"  # which runs of trackers this run is, and what these write here
 PROFILE = "profile"
+DIVERGED = ".diverged"  # why a run ended so, until it goes on
 
-NAMES = (CONFIG, ARCHITECTURE, TOKENIZER, CHECKPOINTS, METRICS, TENSORBOARD, PROFILE)
+NAMES = (CONFIG, ARCHITECTURE, TOKENIZER, CHECKPOINTS, METRICS, TENSORBOARD, TRACKERS, PROFILE)
 """All that a run writes, beside files whose names begin with a dot."""
 
 
@@ -52,6 +54,18 @@ def claim(directory: Path, *, marker: str = CONFIG, names: Sequence[str] = NAMES
         except BlockingIOError:
             raise BlockingIOError(f"another process is running in {directory}") from None
         yield
+
+
+def is_running(directory: Path) -> bool:
+    """Whether a process has claimed the directory of a run; of other machines only as far as its file system knows."""
+    try:
+        with (directory / ".lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        pass
+    return False
 
 
 def read_run(directory: Path) -> tuple[RunConfig, ModelConfig]:

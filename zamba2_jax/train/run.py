@@ -45,6 +45,7 @@ from zamba2_jax.train.progress import ProgressView
 from zamba2_jax.train.schedule import boundaries, learning_rate
 from zamba2_jax.train.stacks import parameter_names
 from zamba2_jax.train.step import TrainState, abstract_batch, abstract_state, compile_train_step, init_state
+from zamba2_jax.train.trackers import check_installed, open_trackers
 
 
 def run(config: RunConfig, console: Console) -> bool:
@@ -116,6 +117,8 @@ class _Plan(NamedTuple):
 def _prepare(config: RunConfig, directory: Path, console: Console) -> _Plan:
     """Finds what can be wrong, opens the data, and writes down what the run is."""
     mesh = run_mesh(config.mesh)
+    if jax.process_index() == 0:
+        check_installed(config.logging.trackers)
     architecture = layout.resolve_architecture(config, directory)
     check_mesh(architecture, mesh, batch=config.batch_size, length=config.length)
     console.print("Opening the data")
@@ -211,6 +214,7 @@ def _go_on(
     config, mesh, optimizer = plan.config, plan.mesh, plan.config.optimizer.transformation()
     taken = checkpoints.steps[-1] if checkpoints.steps else 0
     console.print(f"Compiling; {taken} of {boundaries(config.phases)[-1]} steps are done")
+    report = _open_reports(plan, taken, console, stack) if jax.process_index() == 0 else _ignore
     state, start = _start(plan, optimizer, checkpoints)
     schedule = learning_rate(config.phases, config.learning_rate)
     step = compile_train_step(
@@ -221,7 +225,6 @@ def _go_on(
         config=config.step,
         health_every=config.logging.health_every or None,
     )
-    report = _open_reports(plan, taken, console, stack) if jax.process_index() == 0 else _ignore
     profiler = stack.enter_context(_Profiler(config.logging, plan.directory / layout.PROFILE))
     try:
         train(
@@ -241,6 +244,8 @@ def _go_on(
         checkpoints.wait()
     except (DivergedError, OSError) as error:
         kind = DivergedError if isinstance(error, DivergedError) else OSError
+        if isinstance(error, DivergedError) and jax.process_index() == 0:
+            (plan.directory / layout.DIVERGED).write_text(f"{error}\n", encoding="utf-8")
         kept = f"the last checkpoint is {checkpoints.latest}" if checkpoints.steps else "there is no checkpoint yet"
         raise kind(f"{error}; {kept}") from error
 
@@ -292,7 +297,7 @@ def _after_step(
 
 
 def _open_reports(plan: _Plan, taken: int, console: Console, stack: contextlib.ExitStack) -> Report:
-    """Terminal, JSON lines and TensorBoard, with what is measured here added to the records."""
+    """Terminal, JSON lines, TensorBoard and trackers, with what is measured here added to the records."""
     config, directory = plan.config, plan.directory
     reports: list[Report] = [
         stack.enter_context(JsonLines(directory / layout.METRICS, append=True)),
@@ -300,6 +305,9 @@ def _open_reports(plan: _Plan, taken: int, console: Console, stack: contextlib.E
     ]
     if config.logging.tensorboard:
         reports.append(stack.enter_context(TensorBoard(directory / layout.TENSORBOARD, first_step=taken + 1)))
+    trackers = open_trackers(config, directory / layout.TRACKERS, plan.architecture)
+    reports += [stack.enter_context(tracker) for tracker in trackers]
+    (directory / layout.DIVERGED).unlink(missing_ok=True)
     write = tee(*reports)
     peaks = [peak_flops(device) for device in plan.mesh.devices.flat]
     flops = train_flops(plan.architecture, config.length)
