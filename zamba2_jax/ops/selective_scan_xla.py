@@ -121,9 +121,9 @@ def _backward(
         step, (d_end, *zeros, arrays[:4]), (jnp.arange(len(kept)), kept), reverse=True
     )
     d_x, d_dt, d_B, d_C = (gradient[:, :t] for gradient in gradients)
-    d_A, d_D = d_rates.sum((0, 1)).swapaxes(1, 2), None if D is None else d_D.astype(D.dtype)
     d_initial = None if initial_state is None else _turned(d_start).astype(initial_state.dtype)
-    return d_x, d_dt, d_A, d_B, d_C, d_D, d_initial, None
+    d_A = d_rates.sum((0, 1)).swapaxes(1, 2)
+    return d_x, d_dt, d_A, d_B, d_C, None if D is None else d_D.astype(D.dtype), d_initial, None
 
 
 selective_scan_xla.defvjp(_forward, _backward)
@@ -232,7 +232,9 @@ def _filled(arrays: Sequence[Array | None], size: int) -> list[Any]:
 
 def _tokens(arrays: Sequence[Any], i: Array, chunk_size: int, window: int) -> _Tokens:
     """Window i of x, dt, B, C and the restarts."""
-    return _Tokens(*(None if array is None else _take(array, i, chunk_size, window) for array in arrays))
+    *numbers, restarts = arrays
+    x, dt, B, C = (_take(array, i, chunk_size, window) for array in numbers)
+    return _Tokens(x, dt, B, C, None if restarts is None else _take(restarts, i, chunk_size, window))
 
 
 def _take(array: Array, i: Array, chunk_size: int, window: int) -> Array:

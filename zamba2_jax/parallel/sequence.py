@@ -5,6 +5,8 @@ part needs of the one before it: a few inputs of the convolution, states of the 
 values of attention. Differentiable in reverse; for our scans and kernels `jax.shard_map` needs `check_vma=False`.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -92,10 +94,11 @@ def selective_scan(
     As `scan`, but what a part adds to the state takes a scan of its own: there are no products of matrices to take its
     place.
     """
-    given, wide = {"segment_ids": segment_ids, "implementation": implementation}, at_least_fp32(x.dtype)
-    _, added = ops_selective_scan(x, dt, A, B, C, **given)
-    wide_dt = dt.astype(wide) if segment_ids is None else jnp.where(segment_ids[..., None, None] != 0, dt, 0)
-    total = jnp.minimum(wide_dt.astype(wide).sum(axis=1), jnp.finfo(wide).max)
+    wide = at_least_fp32(x.dtype)
+    run = partial(ops_selective_scan, x, dt, A, B, C, segment_ids=segment_ids, implementation=implementation)
+    _, added = run()
+    real_dt = dt if segment_ids is None else jnp.where(segment_ids[..., None, None] != 0, dt, 0)
+    total = jnp.minimum(real_dt.astype(wide).sum(axis=1), jnp.finfo(wide).max)
     decay, goes_on = jnp.exp(total[..., None] * A.astype(wide)), jnp.ones((x.shape[0], 1, 1, 1), bool)
     if segment_ids is not None:
         goes_on = _goes_on(segment_ids, axis_name)[:, None, None, None]
@@ -105,7 +108,7 @@ def selective_scan(
     _, ends = jax.lax.associative_scan(join, (decays, states))
     starts = jnp.concatenate([jnp.zeros_like(ends[:1]), ends[:-1]])
     start = jnp.where(goes_on, starts[jax.lax.axis_index(axis_name)], 0)
-    return ops_selective_scan(x, dt, A, B, C, D, initial_state=start, **given)[0], ends[-1]
+    return run(D=D, initial_state=start)[0], ends[-1]
 
 
 @jax.checkpoint
