@@ -164,6 +164,9 @@ def test_checkpoints_of_transformers_are_read_and_written_as_they_are(tmp_path):
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "n_mamba_heads": 3}
         hf = transformers.ZambaConfig(**sizes, **heads, vocab_size=97, tie_word_embeddings=tied)
         theirs = transformers.ZambaForCausalLM(hf)
+        if not tied:  # transformers ties the block at its layers only where it ties the head, too
+            first, later = (theirs.model.layers[layer].shared_transf for layer in (2, 7))
+            later.load_state_dict(first.state_dict())
         theirs.save_pretrained(tmp_path / f"theirs-{tied}")
         model = load_hf(tmp_path / f"theirs-{tied}")
         assert model.config.hybrid_layer_ids == (2, 7)
