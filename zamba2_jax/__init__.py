@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from zamba2_jax.models.registry import Family, init_model, preset, presets, read_config, register
     from zamba2_jax.models.transformer.config import LlamaConfig, MistralConfig
     from zamba2_jax.models.transformer.model import Transformer
+    from zamba2_jax.models.zamba1.config import Zamba1Config
+    from zamba2_jax.models.zamba1.model import Zamba1
     from zamba2_jax.models.zamba2.config import Zamba2Config
     from zamba2_jax.models.zamba2.model import Zamba2
     from zamba2_jax.nn.cache import Cache, fork
@@ -49,6 +51,8 @@ _MODULES = {
     "models.registry": "Family init_model preset presets read_config register",
     "models.transformer.config": "LlamaConfig MistralConfig",
     "models.transformer.model": "Transformer",
+    "models.zamba1.config": "Zamba1Config",
+    "models.zamba1.model": "Zamba1",
     "models.zamba2.config": "Zamba2Config",
     "models.zamba2.model": "Zamba2",
     "nn.cache": "Cache fork",
@@ -77,6 +81,8 @@ __all__ = [
     "Tap",
     "Token",
     "Transformer",
+    "Zamba1",
+    "Zamba1Config",
     "Zamba2",
     "Zamba2Config",
     "cache_bytes",
