@@ -49,6 +49,7 @@ def groups(states, *, gradients=True):
         pytest.param(cut("mamba2-linear-biases"), True, id="mamba2-linear-biases cut"),
         pytest.param(cut("llama-linear-biases"), True, id="llama-linear-biases cut"),
         pytest.param(cut("mistral-window"), True, id="mistral-window cut"),
+        pytest.param(cut("zamba1-miniature"), True, id="zamba1-miniature cut"),
         *(pytest.param(case, True, marks=pytest.mark.slow, id=name) for name, case in VARIANTS.items()),
     ],
 )

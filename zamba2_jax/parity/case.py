@@ -13,6 +13,8 @@ from zamba2_jax.typing import Float, Int
 
 FIRST_TOKEN = 3
 """Random tokens start here: PyTorch gives the padding token's embedding no gradient, whatever it was used for."""
+PER_CHANNEL = ("A_log", "D", "dt_proj_bias")
+"""Tensors that are no matrices, whatever their shape: Mamba1 has an axis for the heads in front."""
 
 
 class Batch(NamedTuple):
@@ -69,13 +71,14 @@ def random_tensor(tensor: Tensor, seed: int) -> Float[np.ndarray, "..."]:
     # 16 raw bits each: the 7B model is made twice over when it is streamed.
     size, source = math.prod(tensor.shape), np.random.SFC64([seed, zlib.crc32(tensor.name.encode())])
     bits = source.random_raw(-(-size // 4)).view(np.int16)[:size].reshape(tensor.shape)
-    # Deviation 1/2 / sqrt(fan-in): larger ones make a model so chaotic that its rounding errors are a lottery.
-    width = 0.5 * (12 / tensor.shape[-1]) ** 0.5 if len(tensor.shape) > 1 else 1.0
-    values = bits * np.float32(width * 2**-16)
     kind = tensor.name.rsplit(".", 1)[-1]
+    # Deviation 1/2 / sqrt(fan-in): larger ones make a model so chaotic that its rounding errors are a lottery.
+    is_matrix = len(tensor.shape) > 1 and kind not in PER_CHANNEL
+    width = 0.5 * (12 / tensor.shape[-1]) ** 0.5 if is_matrix else 1.0
+    values = bits * np.float32(width * 2**-16)
     if kind == "A_log":
-        values += np.log(1 + np.arange(len(values), dtype=np.float32))
-    elif kind == "dt_bias":
+        values += np.log(1 + np.arange(values.shape[-1], dtype=np.float32))
+    elif kind in ("dt_bias", "dt_proj_bias"):
         values = values * 6 - 4  # softplus of it from 0.0009 to 0.3
     elif kind == "D" or "norm" in tensor.name:
         values += 1

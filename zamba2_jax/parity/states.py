@@ -24,9 +24,9 @@ class States(NamedTuple):
 
 
 def _recurrent(config: Any, values: Mapping[str, np.ndarray], real: np.ndarray) -> Items:
-    """As PyTorch keeps them: x, B and C in one, [b, e + 2gn, past], and the state of the recurrence [b, h, p, n]."""
-    conv = np.concatenate([values["mamba.conv_x_state"], values["mamba.conv_bc_state"]], axis=-1).swapaxes(1, 2)
-    return {"conv_state": conv, "ssm_state": values["mamba.ssm_state"]}
+    """As PyTorch keeps them: all channels of the convolutions, [b, e + 2gn, past] or [b, e, past], and [b, h, p, n]."""
+    conv = [value for name, value in values.items() if name.startswith("mamba.conv_")]
+    return {"conv_state": np.concatenate(conv, axis=-1).swapaxes(1, 2), "ssm_state": values["mamba.ssm_state"]}
 
 
 def _attended(config: Any, values: Mapping[str, np.ndarray], real: np.ndarray) -> Items:
@@ -43,5 +43,7 @@ MAMBA2 = States(
     from_taps=_recurrent,
 )
 """Of a Mamba2 layer: the last inputs of its convolutions, and its recurrence."""
+MAMBA1 = States(names=("conv_state", "ssm_state"), taps=("mamba.conv_x_state", "mamba.ssm_state"), from_taps=_recurrent)
+"""Of a Mamba1 layer: likewise."""
 ATTENTION = States(names=("keys", "values"), taps=("attention.k", "attention.v"), from_taps=_attended)
 """Of an attention layer: keys, rotated, and values."""

@@ -37,6 +37,15 @@ def _zamba2() -> Iterator[Case]:
     yield Case("left-padding", base, seq=37, left_padding=LEFT_PADDING)
 
 
+def _zamba1() -> Iterator[Case]:
+    base = preset("zamba1-tiny")
+    yield Case("zamba1-miniature", dataclasses.replace(base, mamba_heads=2, kv_heads=2, tie_embeddings=False))
+    yield Case("zamba1-hybrid-first", dataclasses.replace(base, hybrid_layer_ids=(0, 2)))
+    yield Case("zamba1-linear-biases", dataclasses.replace(base, use_proj_bias=True, use_conv_bias=False))
+    # Without biases, as for Mamba2.
+    yield Case("zamba1-left-padding", base, seq=37, left_padding=LEFT_PADDING)
+
+
 def _mamba2() -> Iterator[Case]:
     base = preset("mamba2-tiny")
     plain = {"ngroups": 1, "expand": 3, "d_conv": 3, "use_conv_bias": False, "residual_in_fp32": False}
@@ -69,5 +78,5 @@ def _mistral() -> Iterator[Case]:
     yield Case("mistral-window-left-padding", window, seq=37, left_padding=LEFT_PADDING)
 
 
-VARIANTS = {case.name: case for cases in (_zamba2, _mamba2, _llama, _mistral) for case in cases()}
+VARIANTS = {case.name: case for cases in (_zamba2, _zamba1, _mamba2, _llama, _mistral) for case in cases()}
 """By name; those of Zamba2 have no prefix."""

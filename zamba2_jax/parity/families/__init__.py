@@ -7,6 +7,7 @@ from zamba2_jax.parity.families.base import ReferenceFamily
 
 _MODULES = {
     "zamba2": "zamba2_jax.parity.families.zamba2",
+    "zamba": "zamba2_jax.parity.families.zamba1",
     "mamba2": "zamba2_jax.parity.families.mamba2",
     "llama": "zamba2_jax.parity.families.llama",
     "mistral": "zamba2_jax.parity.families.mistral",
