@@ -337,7 +337,7 @@ def test_it_trains_and_what_it_has_learnt_is_exported(tmp_path):
 
 
 def test_it_is_planned(capsys):
-    words = ["plan", "--preset", "zamba1-nano", "--topology", "cpu:2", "--batch", "2", "--seq", "8"]
+    words = ["plan", "--preset", "zamba1-tiny", "--topology", "cpu:2", "--batch", "2", "--seq", "8"]
     assert main([*words, "--mesh", "fsdp=2"]) == 0
     assert "tokens/s" in capsys.readouterr().out
 
