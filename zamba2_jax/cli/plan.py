@@ -73,6 +73,8 @@ class Plan:
         planned = self._training() if self.task == "train" else self._inference()
         jax.config.update("jax_platforms", "cpu")  # nothing runs: an accelerator that is there stays free
         slice = describe_slice(self.topology)
+        if not self.topology.startswith("cpu:"):  # JAX cannot read programs back without the chips
+            jax.config.update("jax_enable_compilation_cache", False)
         console = table_console()
         found = {}
         for label, compile in planned(slice):
