@@ -3,7 +3,7 @@
     python benchmarks/generation.py                        # everything, some forty minutes
     python benchmarks/generation.py first batch            # any of: first, batch, memory, machine
     python benchmarks/generation.py memory float32         # in float32, or in bfloat16, alone
-    python benchmarks/generation.py first batch float32 --preset llama-3.2-1b --rows 1
+    python benchmarks/generation.py first batch float32 --preset llama-3.2-1b --rows 1 --prompts 512
 
 Needs the `parity` extra and 16 GB. Random weights, greedy, both sides through their `generate` with a cache,
 transformers at the chunk size its scan is fastest with, in float32 and bfloat16. Each contender is a process of its own
@@ -14,7 +14,7 @@ generation.json beside this file.
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -108,31 +108,39 @@ Pair = tuple[Contender, Contender]
 """Ours, and transformers."""
 
 
-def seconds(pair: Pair, tasks: list[Task]) -> np.ndarray:
+class Amount(NamedTuple):
+    """How much is measured: lengths of prompts, numbers of rows, and turns."""
+
+    prompts: Sequence[int]
+    rows: Sequence[int]
+    rounds: int
+
+
+def seconds(pair: Pair, tasks: list[Task], turns: int) -> np.ndarray:
     """Medians by task and contender, taken in turns, after one round to warm up."""
-    rounds = [[[contender(*task).seconds for contender in pair] for task in tasks] for _ in range(ROUNDS + 1)]
+    rounds = [[[contender(*task).seconds for contender in pair] for task in tasks] for _ in range(turns + 1)]
     return np.median(rounds[1:], axis=0)
 
 
-def first(pair: Pair, rows: Sequence[int]) -> dict[str, list[float]]:
+def first(pair: Pair, amount: Amount) -> dict[str, list[float]]:
     """Seconds to the first token of one row, by the length of the prompt."""
-    del rows
-    found = seconds(pair, [(1, t, 1) for t in PROMPTS])
-    return {f"prompt of {t}: seconds to the first token": row.tolist() for t, row in zip(PROMPTS, found, strict=True)}
+    found = seconds(pair, [(1, t, 1) for t in amount.prompts], amount.rounds)
+    of_prompts = zip(amount.prompts, found, strict=True)
+    return {f"prompt of {t}: seconds to the first token": row.tolist() for t, row in of_prompts}
 
 
-def batch(pair: Pair, rows: Sequence[int]) -> dict[str, list[float]]:
+def batch(pair: Pair, amount: Amount) -> dict[str, list[float]]:
     """Tokens per second after prompts of 32, by the number of rows."""
     result = {}
-    for b in rows:
-        begin, end = seconds(pair, [(b, 32, 1), (b, 32, 1 + NEW_TOKENS)])
+    for b in amount.rows:
+        begin, end = seconds(pair, [(b, 32, 1), (b, 32, 1 + NEW_TOKENS)], amount.rounds)
         result[f"rows {b}: tokens per second"] = (b * NEW_TOKENS / (end - begin)).tolist()
     return result
 
 
-def memory(pair: Pair, rows: Sequence[int]) -> dict[str, list[float]]:
+def memory(pair: Pair, amount: Amount) -> dict[str, list[float]]:
     """Peak of resident memory for one long prompt, the model included."""
-    del rows
+    del amount
     return {f"prompt of {LONG_PROMPT}: peak memory, GB": [side(1, LONG_PROMPT, 1).memory / 1e9 for side in pair]}
 
 
@@ -185,12 +193,17 @@ def main() -> None:
     words = (*tasks, "machine", *DTYPES)
     parser.add_argument("words", nargs="*", metavar="WORD", help=f"any of {', '.join(words)}; all by default")
     parser.add_argument("--preset", default=PRESET, help="the architecture, also of transformers")
+    parser.add_argument("--prompts", type=int, nargs="+", default=PROMPTS, help="lengths, of the task first")
     parser.add_argument("--rows", type=int, nargs="+", default=BATCHES, help="of the task batch")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="turns of each contender")
     options = parser.parse_args()
     if unknown := set(options.words) - set(words):
         parser.error(f"{', '.join(sorted(unknown))}: expected any of {', '.join(words)}")
     asked = [dtype for dtype in DTYPES if dtype in options.words] or DTYPES
     chosen = [word for word in options.words if word not in DTYPES] or [*tasks, "machine"]
+    amount = Amount(options.prompts, options.rows, options.rounds)
+    if min(*amount.prompts, *amount.rows, amount.rounds) < 1:
+        parser.error(f"{amount}: expected numbers >= 1")
     use_cpu()
     saved: dict[str, Any] = load_results(__file__)
     results: dict[str, dict[str, Any]] = saved if options.preset == PRESET else saved.setdefault(options.preset, {})
@@ -199,7 +212,7 @@ def main() -> None:
         sides = (f"ours {dtype}", f"transformers {dtype}")
         pair = Contender(sides[0], task_runner, options.preset), Contender(sides[1], task_runner, options.preset)
         for task in filter(tasks.__contains__, chosen):
-            for key, values in tasks[task](pair, options.rows).items():
+            for key, values in tasks[task](pair, amount).items():
                 for contender, value in zip(pair, values, strict=True):
                     results.setdefault(contender.name, {})[key] = value
             save_results(__file__, saved)

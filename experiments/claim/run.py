@@ -231,8 +231,8 @@ def measure(
     device = jax.devices()[0]
     dtype = "float32" if device.platform == "cpu" else "bfloat16"
     here = measured.setdefault(f"{_device_name(device)}, {dtype}, {' against '.join(pair)}", {})
-    todo = {f"prompt of {n}": partial(_first_token_call, n) for n in prompts}
-    todo |= {f"step of {rows} x {n}": partial(_step_call, rows, n) for rows, n in steps}
+    todo = {f"step of {rows} x {n}": partial(_step_call, rows, n) for rows, n in steps}
+    todo |= {f"prompt of {n}": partial(_first_token_call, n) for n in prompts}
     todo = {task: make for task, make in todo.items() if task not in here}
     if not todo:
         return
