@@ -111,6 +111,9 @@ ENTRY %main (sums.1: f32[30], i.1: s32[], x.1: f32[1,10]) -> f32[3,10] {
     assert traffic(doubled).memory == (stack + row) + 4 + row
 
 
+PASSED_ON = "%rows = f32[500]{0} bitcast(%table)"
+
+
 def test_of_what_a_fusion_gathers_or_scatters_only_the_rows_count():
     """As the TPU's compiler writes tokens into a cache, in place, and looks them up."""
     module = """HloModule jit_h
@@ -133,6 +136,13 @@ def test_of_what_a_fusion_gathers_or_scatters_only_the_rows_count():
   ROOT %after = f32[50,10]{1,0} scatter(%cache, %at.1, %x), update_window_dims={1}, to_apply=%last
 }
 
+%outer (at.3: s32[2], table.2: f32[50,10]) -> f32[2,10] {
+  %at.3 = s32[2]{0} parameter(0)
+  %table.2 = f32[50,10]{1,0} parameter(1)
+  %rows.1 = f32[2,10]{1,0} fusion(%table.2, %at.3), kind=kLoop, calls=%looked_up
+  ROOT %twice = f32[2,10]{1,0} add(%rows.1, %rows.1)
+}
+
 ENTRY %main (table.1: f32[50,10], at.2: s32[2], cache.1: f32[50,10]) -> f32[50,10] {
   %table.1 = f32[50,10]{1,0} parameter(0)
   %at.2 = s32[2]{0} parameter(1)
@@ -143,6 +153,13 @@ ENTRY %main (table.1: f32[50,10], at.2: s32[2], cache.1: f32[50,10]) -> f32[50,1
 """
     rows, numbers = 4 * 2 * 10, 4 * 2
     assert traffic(module).memory == (rows + numbers + rows) + (numbers + rows + rows)
+    in_another = module.replace(
+        "fusion(%table.1, %at.2), kind=kLoop, calls=%looked_up", "fusion(%at.2, %table.1), kind=kOutput, calls=%outer"
+    )
+    assert in_another != module
+    assert traffic(in_another) == traffic(module)
+    passed_on = in_another.replace("%rows = f32[2,10]{1,0} gather(%table, %at), offset_dims={1}", PASSED_ON)
+    assert traffic(passed_on).memory == traffic(module).memory + 4 * 50 * 10 - rows
 
 
 def test_the_forms_of_the_tpu_compiler():

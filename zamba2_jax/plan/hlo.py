@@ -234,11 +234,13 @@ def _memory(
     if opcode in _UPDATES:
         return 2 * read[instruction.operands.index(_update(instruction))]
     if opcode == "fusion":
-        return _fusion(computations[instruction.called[0]], read, written)
+        return _fusion(computations[instruction.called[0]], read, written, computations)
     return sum(read) + written
 
 
-def _fusion(inside: list[Instruction], read: list[int], written: int) -> float:
+def _fusion(
+    inside: list[Instruction], read: list[int], written: int, computations: dict[str, list[Instruction]]
+) -> float:
     """As `_memory`, with operands that are only sliced as large as their slices, and updates as large as they are.
 
     A gather is a slice in this, and a scatter an update.
@@ -246,18 +248,38 @@ def _fusion(inside: list[Instruction], read: list[int], written: int) -> float:
     by_name = {instruction.name: instruction for instruction in inside}
     total, results = float(written), written
     for instruction in inside:
-        if instruction.opcode == "parameter" and (uses := list(_uses(instruction.name, inside))):
-            number = int(instruction.text.partition("parameter(")[2].partition(")")[0])
-            slices = [user for user, operand in uses if user.opcode in _SLICES and operand == 0]
-            updates = [user for user, operand in uses if user.opcode in _UPDATES and operand == 0]
-            parts = sum(array.size for user in slices for array in user.result)
-            total += min(read[number], parts) if len(slices) + len(updates) == len(uses) else read[number]
+        if instruction.opcode == "parameter":
+            total += _read_inside(instruction, inside, read[_number(instruction)], computations)
         if instruction.opcode in _UPDATES:
             whole = sum(array.size for array in instruction.result)
             if whole <= results:  # it is one of the results, or there is another as large
                 results -= whole
                 total += sum(array.size for array in by_name[_update(instruction)].result) - whole
     return total
+
+
+def _read_inside(
+    parameter: Instruction, inside: list[Instruction], size: int, computations: dict[str, list[Instruction]]
+) -> int:
+    """Bytes that a fusion, with those inside of it, reads of a parameter of that size."""
+    total = 0
+    for user, operand in _uses(parameter.name, inside):
+        if user.opcode == "fusion":
+            nested = computations[user.called[0]]
+            taken = next(each for each in nested if each.opcode == "parameter" and _number(each) == operand)
+            if not any(_uses(taken.name, nested)):  # it is passed on as it is
+                return size
+            total += _read_inside(taken, nested, size, computations)
+        elif operand == 0 and user.opcode in _SLICES:
+            total += sum(array.size for array in user.result)
+        elif operand != 0 or user.opcode not in _UPDATES:
+            return size
+    return min(size, total)
+
+
+def _number(parameter: Instruction) -> int:
+    """Which parameter of its computation it is."""
+    return int(parameter.text.partition("parameter(")[2].partition(")")[0])
 
 
 def _update(instruction: Instruction) -> str:
