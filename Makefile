@@ -39,7 +39,7 @@ lint: .venv/dev
 	touch $@
 
 .venv/full: .venv/dev
-	$(INSTALL) '.[dev,parity,notebooks,sentencepiece,eval]'
+	$(INSTALL) '.[dev,parity,notebooks,sentencepiece,eval,wandb]'
 	touch $@
 
 clean:

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from zamba2_jax.inference.engine import Completion, Engine, Request, Token
     from zamba2_jax.inference.sampling import Sampling
     from zamba2_jax.interpret.taps import capture, edits_tap, tap_names
+    from zamba2_jax.lab.fitting import fit
+    from zamba2_jax.lab.result import Outcome, Result
     from zamba2_jax.models.cache import cache_bytes, init_cache
     from zamba2_jax.models.flops import count_flops, count_parameters, match
     from zamba2_jax.models.mamba2.config import Mamba2LMConfig
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from zamba2_jax.models.registry import Family, init_model, preset, presets, read_config, register
     from zamba2_jax.models.transformer.config import LlamaConfig, MistralConfig
     from zamba2_jax.models.transformer.model import Transformer
+    from zamba2_jax.models.zamba1.config import Zamba1Config
+    from zamba2_jax.models.zamba1.model import Zamba1
     from zamba2_jax.models.zamba2.config import Zamba2Config
     from zamba2_jax.models.zamba2.model import Zamba2
     from zamba2_jax.nn.cache import Cache, fork
@@ -38,6 +42,8 @@ _MODULES = {
     "inference.engine": "Completion Engine Request Token",
     "inference.sampling": "Sampling",
     "interpret.taps": "capture edits_tap tap_names",
+    "lab.fitting": "fit",
+    "lab.result": "Outcome Result",
     "models.cache": "cache_bytes init_cache",
     "models.flops": "count_flops count_parameters match",
     "models.mamba2.config": "Mamba2LMConfig",
@@ -45,6 +51,8 @@ _MODULES = {
     "models.registry": "Family init_model preset presets read_config register",
     "models.transformer.config": "LlamaConfig MistralConfig",
     "models.transformer.model": "Transformer",
+    "models.zamba1.config": "Zamba1Config",
+    "models.zamba1.model": "Zamba1",
     "models.zamba2.config": "Zamba2Config",
     "models.zamba2.model": "Zamba2",
     "nn.cache": "Cache fork",
@@ -66,11 +74,15 @@ __all__ = [
     "Mamba2LM",
     "Mamba2LMConfig",
     "MistralConfig",
+    "Outcome",
     "Request",
+    "Result",
     "Sampling",
     "Tap",
     "Token",
     "Transformer",
+    "Zamba1",
+    "Zamba1Config",
     "Zamba2",
     "Zamba2Config",
     "cache_bytes",
@@ -80,6 +92,7 @@ __all__ = [
     "decode_step",
     "default_backend",
     "edits_tap",
+    "fit",
     "fork",
     "generate",
     "init_cache",

@@ -13,8 +13,8 @@ import transformers
 
 from zamba2_jax import decode_step, prefill, save_hf
 from zamba2_jax.models.base import LanguageModel
-from zamba2_jax.parity.case import VARIANTS
 from zamba2_jax.parity.ours import random_model
+from zamba2_jax.parity.variants import VARIANTS
 
 PROMPT, LENGTH = 8, 45
 

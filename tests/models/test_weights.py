@@ -140,14 +140,31 @@ def test_only_what_no_call_reads_is_ignored():
     assert [name for name in unread + read_or_unknown if ignored(SEVEN_B, name)] == unread
 
 
-FORMS = [(Form.SAME, (5,)), (Form.SAME, (5, 3)), (Form.CONV, (4, 6))]
+# Of a parameter, and of its part of a tensor.
+FORMS = [
+    (Form.SAME, (5,), (5,)),
+    (Form.SAME, (5, 3), (5, 3)),
+    (Form.CONV, (4, 6), (6, 1, 4)),
+    (Form.HEAD_ROWS, (6,), (2, 3)),
+    (Form.HEAD_ROWS, (6, 5), (2, 3, 5)),
+    (Form.HEAD_COLUMNS, (4, 6), (2, 4, 3)),
+    (Form.VECTOR, (24,), (2, 3, 4)),
+]
 
 
-@pytest.mark.parametrize(("form", "shape"), FORMS, ids=str)
-def test_a_form_and_its_inverse(form, shape):
+@pytest.mark.parametrize(("form", "shape", "theirs"), FORMS, ids=str)
+def test_a_form_and_its_inverse(form, shape, theirs):
     array = np.arange(np.prod(shape)).reshape(shape)
-    part = form.to_hf(array)
-    assert part.shape == {Form.SAME: shape, Form.CONV: (6, 1, 4)}[form]
+    part = form.to_hf(array, theirs)
+    assert part.shape == theirs
     np.testing.assert_array_equal(form.from_hf(part), array)
     index = (slice(1, 3), slice(0, 2))[: len(shape)]
-    np.testing.assert_array_equal(form.from_hf(part[form.part_index(index)]), array[index])
+    if (place := form.part_index(index)) is not None:
+        np.testing.assert_array_equal(form.from_hf(part[place]), array[index])
+
+
+def test_heads_stand_one_after_the_other():
+    assert Form.HEAD_COLUMNS.from_hf(np.array([[[1, 2], [3, 4]], [[5, 6], [7, 8]]])).tolist() == [
+        [1, 2, 5, 6],
+        [3, 4, 7, 8],
+    ]

@@ -88,6 +88,22 @@ def test_scan(parts):
 
 
 @pytest.mark.parametrize("parts", [3, 6])
+def test_selective_scan(parts):
+    h, p, n, b = 2, 3, 4, len(ROWS)
+    dt, A = jnp.exp(normal(b, LENGTH, h, p, seed=1)), -jnp.exp(normal(h, p, n))
+    of_state = normal(b, LENGTH, h, n), normal(b, LENGTH, h, n, seed=1)
+    inputs = normal(b, LENGTH, h, p), dt, A, *of_state, normal(h, p)
+    divided = in_parts(sequence.selective_scan, parts, (TIME, TIME, P(), TIME, TIME, P(), TIME), (TIME, P()))
+    weights = real(normal(b, LENGTH, h, p, seed=2)), normal(b, h, p, n, seed=2)
+    assert_same(
+        lambda *inputs: ops.selective_scan(*inputs, segment_ids=ROWS, implementation="sequential"),
+        lambda *inputs: divided(*inputs, ROWS),
+        weights,
+        *inputs,
+    )
+
+
+@pytest.mark.parametrize("parts", [3, 6])
 def test_attend_to_short_rows(parts):
     h, kv, p = 4, 2, 3
     inputs = normal(len(ROWS), LENGTH, h, p), *(normal(len(ROWS), LENGTH, kv, p, seed=i) for i in (1, 2))

@@ -8,42 +8,61 @@ import numpy as np
 import pytest
 
 from tests.helpers import COMMAND
+from tests.models.gated_linear_attention import GLAConfig
 from zamba2_jax import preset
 from zamba2_jax.checkpoint.hf import save_hf
 from zamba2_jax.cli.parity import Parity
+from zamba2_jax.nn.parameter import named_parameters
 from zamba2_jax.ops import backend
-from zamba2_jax.parity.case import VARIANTS, Case
+from zamba2_jax.parity.case import Case
 from zamba2_jax.parity.check import check
-from zamba2_jax.parity.evidence import GROUPS
+from zamba2_jax.parity.families import reference_family
 from zamba2_jax.parity.ours import random_model
+from zamba2_jax.parity.states import MAMBA2
 from zamba2_jax.parity.streaming import check_streaming
+from zamba2_jax.parity.variants import VARIANTS
 
 SMALL = dataclasses.replace(VARIANTS["7b-miniature"].config, num_layers=2, hybrid_layer_ids=(0, 1))
 LENGTH = 21
 """The same for all tests of the small model, so that they share their programs."""
+STREAMED = ("mamba2-linear-biases", "mistral-window")
 
 
-def cut(name):
-    """A variant of three layers, a plain one and two with calls."""
-    config = dataclasses.replace(VARIANTS[name].config, num_layers=3, hybrid_layer_ids=(1, 2))
-    return dataclasses.replace(VARIANTS[name], config=config)
+def cut(name, **changes):
+    """A variant of two layers, or, where there are calls, of three: a plain one and two with calls."""
+    config = VARIANTS[name].config
+    layers = {"num_layers": 3, "hybrid_layer_ids": (1, 2)} if config.num_calls else {"num_layers": 2}
+    return dataclasses.replace(VARIANTS[name], config=dataclasses.replace(config, **layers), **changes)
+
+
+def groups(states, *, gradients=True):
+    """Kinds of evidence that a report has."""
+    return {"embed", "layer", *states, "logits", "loss", "greedy"} | ({"gradient"} if gradients else set())
 
 
 @pytest.mark.parametrize(
     ("case", "gradients"),
     [
-        # Between them they have every kind of parameter and of input.
+        # Between them those of a family have every kind of parameter and of input.
         pytest.param(cut("linear-biases"), True, id="linear-biases cut"),
         pytest.param(cut("left-padding"), False, id="left-padding cut"),
+        pytest.param(cut("mamba2-linear-biases"), True, id="mamba2-linear-biases cut"),
+        pytest.param(cut("llama-linear-biases"), True, id="llama-linear-biases cut"),
+        pytest.param(cut("mistral-window"), True, id="mistral-window cut"),
+        pytest.param(cut("zamba1-miniature"), True, id="zamba1-miniature cut"),
         *(pytest.param(case, True, marks=pytest.mark.slow, id=name) for name, case in VARIANTS.items()),
     ],
 )
 def test_variant_is_within_the_limits_in_float32(case, gradients):
     report = check(case, new_tokens=12, gradients=gradients)
     assert report.failures == ()
-    assert {row.group for row in report.rows} == set(GROUPS) - (set() if gradients else {"gradient"})
-    assert sum(row.group == "layer" for row in report.rows) == case.config.num_layers
-    assert sum(row.group == "ssm_state" for row in report.rows) == case.config.num_layers
+    states = reference_family(case.config).states.names
+    assert {row.group for row in report.rows} == groups(states, gradients=gradients)
+    for group in ("layer", *states):
+        assert sum(row.group == group for row in report.rows) == case.config.num_layers
+    if gradients:
+        compared = {row.name for row in report.rows if row.group == "gradient"}
+        assert compared == {f"gradient.{name}" for name in named_parameters(random_model(case.config, seed=0))}
 
 
 @pytest.mark.parametrize(
@@ -52,7 +71,7 @@ def test_variant_is_within_the_limits_in_float32(case, gradients):
         pytest.param(cut("1.2b-miniature"), False, id="1.2b-miniature cut"),
         *(
             pytest.param(VARIANTS[name], True, marks=pytest.mark.slow, id=name)
-            for name in ("1.2b-miniature", "7b-miniature")
+            for name in ("1.2b-miniature", "7b-miniature", "mamba2-miniature", "llama-grouped-kv-heads")
         ),
     ],
 )
@@ -81,7 +100,7 @@ def test_the_command_succeeds_on_a_checkpoint_and_prints_every_row(checked):
         assert word in printed
     assert "gradient.layers.0.mamba.in_z" in printed
     assert "0% differ" in printed
-    assert {row["group"] for row in rows.values()} == set(GROUPS)
+    assert {row["group"] for row in rows.values()} == groups(MAMBA2.names)
 
 
 def test_streaming_agrees_with_the_whole_model(checked):
@@ -100,10 +119,28 @@ def test_streaming_agrees_with_the_whole_model(checked):
     assert used_twice <= set(streamed)
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        *(pytest.param(cut(name, batch=2, seq=LENGTH), id=f"{name} cut") for name in STREAMED),
+        *(
+            pytest.param(case, marks=pytest.mark.slow, id=name)
+            for name, case in VARIANTS.items()
+            if not case.left_padding
+        ),
+    ],
+)
+def test_variant_is_within_the_limits_when_it_is_streamed(case):
+    report = check_streaming(case)
+    assert report.failures == ()
+    listed = {f"layers.{i}" for i in range(case.config.num_layers)}
+    assert listed <= {row.name.removesuffix(".output") for row in report.rows if row.group == "layer"}
+
+
 def test_streaming_of_random_weights_without_gradients(checked):
     report = check_streaming(Case("forward", SMALL, seq=LENGTH), gradients=False)
     assert report.failures == ()
-    assert {row.group for row in report.rows} == set(GROUPS) - {"gradient"}
+    assert {row.group for row in report.rows} == groups(MAMBA2.names, gradients=False)
     (logits,) = (row for row in report.rows if row.group == "logits")
     assert logits.size == pytest.approx(checked[2]["logits"]["size"], rel=1e-6)
 
@@ -116,7 +153,7 @@ def test_a_wrong_model_fails_and_the_command_says_so(checked, monkeypatch, tmp_p
     assert options.run() == 1
     assert "beyond the limits" in capsys.readouterr().out
     (report,) = json.loads(out.read_text())
-    assert {row["group"] for row in report["rows"]} == set(GROUPS) - {"gradient"}
+    assert {row["group"] for row in report["rows"]} == groups(MAMBA2.names, gradients=False)
     assert any("logits" in failure for failure in report["failures"])
 
 
@@ -125,7 +162,6 @@ def test_a_wrong_model_fails_and_the_command_says_so(checked, monkeypatch, tmp_p
     [
         ({"preset": "zamba2-9b"}, "zamba2-9b.*unknown"),
         ({"variants": (("nope",),)}, "nope.*unknown"),
-        ({"preset": "mamba2-tiny"}, "mamba2-tiny is of model_type 'mamba2': expected 'zamba2'"),
         ({"preset": "zamba2-1.2b", "seq": 0}, "--seq 0"),
         ({"streaming": True}, "--streaming needs"),
         ({"preset": "zamba2-1.2b", "variants": (("untied-head",),)}, "excludes"),
@@ -136,14 +172,30 @@ def test_bad_options_are_refused_before_anything_runs(options, message):
         Parity(**options).run()
 
 
-def test_a_clamped_time_step_has_no_reference():
-    config = dataclasses.replace(preset("zamba2-tiny"), time_step_limit=(0.01, math.inf))
+@pytest.mark.parametrize("run", [check, check_streaming])
+@pytest.mark.parametrize("name", ["zamba2-tiny", "mamba2-tiny"])
+def test_a_clamped_time_step_has_no_reference(run, name):
+    config = dataclasses.replace(preset(name), time_step_limit=(0.01, math.inf))
     with pytest.raises(ValueError, match="time_step_limit"):
-        check(Case("clamped", config))
+        run(Case("clamped", config))
+
+
+@pytest.mark.parametrize("run", [check, check_streaming])
+def test_a_family_that_transformers_does_not_have_is_refused(run):
+    with pytest.raises(ValueError, match="parity of model_type 'test-gla': expected one of zamba2, mamba2, llama"):
+        run(Case("foreign", GLAConfig(hidden_size=8, num_layers=1)))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{"preset": "zamba2-1.2b"}, {"preset": "zamba2-7b", "streaming": True}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"preset": "zamba2-1.2b"},
+        {"preset": "zamba2-7b", "streaming": True},
+        {"preset": "mamba2-1.3b"},
+        {"preset": "mistral-7b-v0.1", "streaming": True},
+    ],
+)
 def test_released_sizes_are_within_the_limits(options):
     assert Parity(**options, seq=128).run() == 0
 

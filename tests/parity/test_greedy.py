@@ -7,8 +7,8 @@ import pytest
 
 from zamba2_jax.checkpoint.hf import save_hf
 from zamba2_jax.parity import ours, reference
-from zamba2_jax.parity.case import VARIANTS
 from zamba2_jax.parity.ours import random_model
+from zamba2_jax.parity.variants import VARIANTS
 
 NEW_TOKENS = 64
 

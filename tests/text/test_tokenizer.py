@@ -6,13 +6,14 @@ import json
 import pathlib
 import re
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.text.kinds import ADDED, CONFIG, KINDS, SPECIAL, bpe, chatml, gpt2, mistral_file, write
 from zamba2_jax.text.frame import encode_documents, frame_of
-from zamba2_jax.text.stream import UNFINISHED, TextStream, hidden_tokens
+from zamba2_jax.text.stream import TextStream, byte_tokens, hidden_tokens
 from zamba2_jax.text.tokenizer import load_tokenizer, stop_tokens
 from zamba2_jax.text.vocabulary import copy_tokenizer, save_tokenizer, train_tokenizer
 
@@ -72,16 +73,42 @@ def test_ids_and_texts_are_those_of_transformers(pair):
         assert ours.decode(tokens) == theirs.decode(tokens, skip_special_tokens=True), repr(text)
 
 
+def streamed(tokenizer, tokens, stops=()):
+    stream = TextStream(tokenizer.decode, stops, hidden=hidden_tokens(tokenizer), byte_tokens=byte_tokens(tokenizer))
+    pieces = [stream.add(token) for token in tokens if not stream.stopped]
+    assert "".join([*pieces, stream.end()]) == stream.text
+    return stream, len(pieces)
+
+
 def test_a_stream_gives_the_text_of_all_tokens(pair):
-    """But for texts that hold U+FFFD, which tokens of single bytes cannot always be told from in time."""
+    """Of texts, and of tokens drawn at random, of which many are bytes and parts of characters."""
     ours, _ = pair
-    for text in generated_texts():
-        if UNFINISHED in text:
-            continue
-        tokens = ours.encode(text)
-        stream = TextStream(ours.decode, hidden=hidden_tokens(ours))
-        pieces = [*map(stream.add, tokens), stream.end()]
-        assert "".join(pieces) == stream.text == ours.decode(tokens), repr(text)
+    rows = [ours.encode(text) for text in generated_texts()]
+    of_bytes = [*byte_tokens(ours)] or ours.backend.encode("\ufffd\U0001f389é").ids
+    spelled = [token for token in map(ours.backend.token_to_id, ("<0xEF>", "<0xBF>", "<0xBD>")) if token is not None]
+    special, random = [*hidden_tokens(ours)], np.random.default_rng(0)
+    for _ in range(1000):
+        choices = ([*range(ours.vocab_size)], of_bytes, spelled or of_bytes, special or of_bytes)
+        kinds = random.choice(4, size=random.integers(1, 12), p=(0.3, 0.4, 0.25, 0.05))
+        rows.append([int(random.choice(choices[kind])) for kind in kinds])
+    for tokens in rows:
+        assert streamed(ours, tokens)[0].text == ours.decode(tokens), tokens
+
+
+def test_a_stream_ends_with_the_first_token_that_completes_a_stop_string(pair):
+    """Of texts without special tokens, in whose names stop strings are found too."""
+    ours, _ = pair
+    special = set(hidden_tokens(ours))
+    for text in generated_texts()[::5]:
+        tokens = [token for token in ours.encode(text) if token not in special]
+        whole = ours.decode(tokens)
+        ends = [ours.decode(tokens[: i + 1]) for i in range(len(tokens))]
+        stops = {whole[at : at + size] for at in range(0, len(whole), 3) for size in (1, 2)}
+        for stop in (stop for stop in stops if "\ufffd" not in stop):
+            stream, added = streamed(ours, tokens, [stop])
+            assert stream.stopped
+            assert stream.text == whole[: whole.index(stop)]
+            assert added <= next(i for i, text in enumerate(ends, 1) if stop in text)
 
 
 def test_names_of_special_tokens_in_a_document_stay_text(pair):

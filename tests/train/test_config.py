@@ -10,7 +10,7 @@ from tests.train.runs import ARCHITECTURE, table
 from zamba2_jax import preset
 from zamba2_jax.data.synthetic import Recall
 from zamba2_jax.train import recipe
-from zamba2_jax.train.config import RunConfig, differences, from_table, load_config
+from zamba2_jax.train.config import RunConfig, differences, from_table, load_config, with_overrides
 from zamba2_jax.train.optimizer import Muon, ParameterGroup
 
 EXAMPLE = Path(__file__).parents[2] / "experiments" / "nano.toml"
@@ -64,6 +64,31 @@ def test_the_example_is_the_recipe_of_the_demo():
         dataclasses.replace(phase, shares={"": 1.0}) for phase in phases
     ]
     assert [phase.shares for phase in config.phases] == [pytest.approx(phase.shares) for phase in phases]
+
+
+def test_the_recipe_trains_any_architecture_as_the_example_does():
+    example = load_config(EXAMPLE)
+    config = recipe.run_config(example.model.resolve())
+    assert config.model.resolve() == example.model.resolve()
+    same = ("tokenizer", "sources", "learning_rate", "batch_size", "length", "optimizer", "init_scale", "evaluation")
+    assert {name: getattr(config, name) for name in same} == {name: getattr(example, name) for name in same}
+    assert (config.logging, config.max_skipped) == (example.logging, example.max_skipped)
+    bare = preset("zamba2-nano", hybrid_layer_ids=(), num_shared_blocks=0)
+    config = recipe.run_config(bare, steps=(2, 3, 4), length=32)
+    assert [phase.steps for phase in config.phases] == [2, 3, 4]
+    assert config.sources["copying"].lengths == (3, 14)
+    assert set(config.init_scale) == {"embed", "layers.*.mamba.out"}
+    assert config.optimizer.groups == ()
+
+
+def test_values_by_key_make_another_config(tmp_path):
+    config = from_table(RunConfig, table(tmp_path))
+    changed = with_overrides(config, {"phases.1.steps": 9, "model.architecture.ffn_size": 16, "optimizer.b1": 0.8})
+    assert (changed.phases[1].steps, changed.model.resolve().ffn_size, changed.optimizer.b1) == (9, 16, 0.8)
+    back = {"phases.1.steps": 6, "model.architecture.ffn_size": 24, "optimizer.b1": 0.9}
+    assert with_overrides(changed, back) == config
+    with pytest.raises(ValueError, match=r"optimizer\.b3 is unknown"):
+        with_overrides(config, {"optimizer.b3": 0.8})
 
 
 def test_what_is_saved_is_what_was_read(tmp_path):

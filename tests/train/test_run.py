@@ -22,7 +22,7 @@ from zamba2_jax.parallel.hosts import run_mesh
 from zamba2_jax.text.vocabulary import train_tokenizer
 from zamba2_jax.train import run as run_module
 from zamba2_jax.train.config import RunConfig, from_table
-from zamba2_jax.train.directory import NAMES, claim
+from zamba2_jax.train.directory import NAMES, TRACKERS, claim
 from zamba2_jax.train.loop import DivergedError
 from zamba2_jax.train.metrics import read_records
 from zamba2_jax.train.run import run
@@ -104,7 +104,7 @@ def assert_equal(tree, other):
 
 def test_a_run_leaves_what_it_says(whole):
     found = {path.name for path in Path(whole.directory).iterdir()}
-    assert found == {*NAMES, ".lock"}
+    assert found == {*NAMES, ".lock"} - {TRACKERS}
     records = records_of(whole)
     steps = {kind: [record["step"] for record in records if record["kind"] == kind] for kind in ("train", "eval")}
     assert steps == {"train": [3, 5, 6, 7, 10, 12, 13], "eval": [0, 5, 7, 12, 13]}
@@ -208,6 +208,7 @@ def test_a_run_that_diverges_ends_and_names_its_last_checkpoint(home, tmp_path):
     with pytest.raises(DivergedError, match=r"5 steps in a row, .*; the last checkpoint is .*/checkpoints/\d+"):
         run(values, QUIET)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(last_state(values).model)))
+    assert "5 steps in a row" in (tmp_path / "run" / ".diverged").read_text()
 
 
 @pytest.mark.filterwarnings("ignore")  # of Orbax, about what it leaves behind

@@ -76,16 +76,14 @@ def load_hf(
     parameters = named_parameters(model)
     arrays: dict[str, jax.Array] = {}
     for tensor, entry in found:
-        start = 0
-        for part in tensor.parts:
+        for part, places in zip(tensor.parts, tensor.places(), strict=True):
             parameter = parameters[part.path]
             target = _FLOATS[entry.dtype] if dtype is None else param_dtype(len(parameter.shape), dtype)
-            read = _Reader(entry, tensor, start, parameter.shape, target)
-            start += part.size
+            read = _Reader(entry, tensor, places, parameter.shape, target)
             arrays[part.path] = _place(parameter, read, mesh)
             if read.not_finite:
                 along = ("rows", "columns")[tensor.axis]
-                problems.append(f"{entry.name}: not finite in {along} {read.start} to {start - 1}")
+                problems.append(f"{entry.name}: not finite in {along} {places[0]} to {places[-1]}")
             if problems:
                 del arrays[part.path]
     if problems:
@@ -174,30 +172,38 @@ class Entry(NamedTuple):
 
 
 class _Reader:
-    """Reads slices of one parameter from its part of a tensor, and notes whether all it read was finite."""
+    """Reads slices of one parameter from its part of a tensor, and notes whether all it read was finite.
 
-    def __init__(self, entry: Entry, tensor: Tensor, start: int, shape: tuple[int, ...], dtype: np.dtype):
-        self.entry, self.tensor, self.start, self.shape, self.dtype = entry, tensor, start, shape, dtype
+    `places` are the rows, or columns, of the tensor that are the part.
+    """
+
+    def __init__(self, entry: Entry, tensor: Tensor, places: range, shape: tuple[int, ...], dtype: np.dtype):
+        self.entry, self.tensor, self.places, self.shape, self.dtype = entry, tensor, places, shape, dtype
         self.not_finite = False
 
     def __call__(self, index: tuple[slice, ...]) -> np.ndarray:
         ranges = [range(size)[along] for along, size in zip(index, self.shape, strict=True)]
+        form, axis = self.tensor.form, self.tensor.axis
+        found = form.part_index(tuple(slice(along.start, along.stop) for along in ranges))
+        if found is None:  # of heads, whose tensors are small
+            return np.ascontiguousarray(form.from_hf(self._read([slice(None)] * len(self.entry.shape)))[index])
+        place, own = list(found), self.places[found[axis]]
+        place[axis] = slice(own.start, own.stop)
         values = np.empty([len(along) for along in ranges], self.dtype)
-        rows = self.tensor.form.to_hf(values)  # a view
-        place = list(self.tensor.form.part_index(tuple(slice(along.start, along.stop) for along in ranges)))
-        own = place[self.tensor.axis]
-        place[self.tensor.axis] = slice(self.start + own.start, self.start + own.stop)
-        of_rows, *rest = place
+        rows = form.to_hf(values, self.entry.shape)  # a view
+        of_rows = own if axis == 0 else range(self.entry.shape[0])[place[0]]
         step = max(1, _BLOCK // (math.prod(self.entry.shape[1:]) * _FLOATS[self.entry.dtype].itemsize))
         for start in range(0, len(rows), step):
-            stop = min(start + step, len(rows))
-            # One opening per block: what a mapped file has shown stays in memory until it is closed.
-            with safe_open(self.entry.file, framework="numpy") as file:
-                view = file.get_slice(self.entry.name)
-                block = view[(slice(of_rows.start + start, of_rows.start + stop), *rest)].astype(self.dtype)
-            self.not_finite |= not bool(np.isfinite(block).all())
-            rows[start:stop] = block
+            now = of_rows[start : start + step]
+            rows[start : start + step] = self._read([slice(now[0], now[-1] + 1), *place[1:]])[:: now.step]
         return values
+
+    def _read(self, place: list[slice]) -> np.ndarray:
+        # One opening per block: what a mapped file has shown stays in memory until it is closed.
+        with safe_open(self.entry.file, framework="numpy") as file:
+            block = file.get_slice(self.entry.name)[tuple(place)].astype(self.dtype)
+        self.not_finite |= not bool(np.isfinite(block).all())
+        return block
 
 
 def _place(parameter: nnx.Param, read: _Reader, mesh: Mesh | None) -> jax.Array:

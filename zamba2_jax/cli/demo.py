@@ -173,7 +173,7 @@ class Demo:
         save(state, corpus.tokenizer, self.output)
         console.print("Silencing one part of the model after the other")
         words = SILENCED if config.num_calls else SILENCED_WITHOUT_CALLS
-        select = [part.name for part in parts(state.model) if part.name in words]
+        select = [part.name for part in parts(config) if part.name in words]
         needed = {name: necessity(state.model, of_text, select=select) for name, of_text in batches.items()}
         costs = {name: {of.part.name: of.increase for of in found.silenced} for name, found in needed.items()}
         plot_run(records, phases, schedule, self.output / "curves.png", costs=costs)

@@ -33,17 +33,17 @@ class Parity:
     """Compare this package with PyTorch and both with a float64 oracle.
 
     Runs the same model on the same tokens in both frameworks and prints how far embeddings, layer outputs, states,
-    logits, loss, gradients and greedy tokens are apart, and a verdict. Exits with 1 if a limit is exceeded. Without
-    --model or --preset it runs small random variants of the architecture. transformers 5 clamps the time step at
-    time_step_min in a full pass, which the released models were not trained with: it is run without.
+    keys and values, logits, loss, gradients and greedy tokens are apart, and a verdict. Exits with 1 if a limit is
+    exceeded. Without --model or --preset it runs small random variants of every family. transformers 5 clamps the time
+    step of Zamba2 at time_step_min in a full pass, which the released models were not trained with: it is run without.
     """
 
     model: Path | None = None
     """Checkpoint directory to compare on."""
     preset: str | None = None
-    """Compare a full-size architecture with random weights, as zamba2-1.2b."""
+    """Compare a full-size architecture with random weights, as zamba2-1.2b or mistral-7b-v0.1."""
     variants: Annotated[Several[str], tyro.conf.arg(metavar="NAME ...")] = ()
-    """Small variants to run; all by default. Unknown names list the known ones."""
+    """Small variants to run; all of all families by default. Unknown names list the known ones."""
     batch: int = 1
     """Rows, with --model or --preset."""
     seq: int = 128
@@ -92,7 +92,8 @@ class Parity:
         return 1 if failed else 0
 
     def _cases(self) -> list[Case]:
-        from zamba2_jax.parity.case import VARIANTS, Case
+        from zamba2_jax.parity.case import Case
+        from zamba2_jax.parity.variants import VARIANTS
 
         if self.model is not None and self.preset is not None:
             raise ValueError("--model and --preset exclude each other")

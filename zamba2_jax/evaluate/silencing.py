@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 from rich.table import Table
@@ -26,6 +27,8 @@ from zamba2_jax.files import write_atomically
 from zamba2_jax.inference.sampling import log_probability
 from zamba2_jax.interpret.taps import tap_names
 from zamba2_jax.models.base import LanguageModel
+from zamba2_jax.models.registry import init_model
+from zamba2_jax.nn.config import ModelConfig
 from zamba2_jax.nn.parameter import named_parameters, with_values
 from zamba2_jax.nn.tap import Tap
 from zamba2_jax.ops.cross_entropy import map_positions
@@ -195,14 +198,14 @@ class Necessity:
         return [kind for kind in KINDS if kind in present], cells
 
 
-def parts(model: LanguageModel) -> list[Part]:
-    """All parts of a model that can be silenced: each by itself, and then those of a kind together.
+def parts(config: ModelConfig) -> list[Part]:
+    """All parts of such a model that can be silenced: each by itself, and then those of a kind together.
 
     Besides those of all layers together there are those of the hybrid and of the plain layers, where a layer is hybrid.
     """
-    layers, hybrid = tuple(range(model.config.num_layers)), model.config.hybrid_layers
+    layers, hybrid = tuple(range(config.num_layers)), config.hybrid_layers
     plain = tuple(layer for layer in layers if layer not in hybrid)
-    kinds = _kinds_by_layer(model)
+    kinds = _kinds_by_layer(jax.eval_shape(lambda: init_model(config, rngs=nnx.Rngs(0))))
     single = [Part(f"layers.{layer}", kind, (layer,)) for layer in layers for kind in KINDS if kind in kinds[layer]]
 
     def together(place: str, layers: Sequence[int], wanted: Sequence[Kind]) -> list[Part]:
@@ -262,7 +265,7 @@ def necessity(model: LanguageModel, batches: Iterable[Batch], *, select: Iterabl
         ValueError: a pattern matches no part, or the batches hold no token to predict.
     """
     select = tuple(select)
-    every = parts(model)
+    every = parts(model.config)
     chosen = [part for part in every if any(fnmatchcase(part.name, pattern) for pattern in select)]
     unmatched = [pattern for pattern in select if not any(fnmatchcase(part.name, pattern) for part in every)]
     if unmatched:

@@ -36,7 +36,7 @@ from zamba2_jax.ops.backend import Backend, default_backend
 from zamba2_jax.ops.placement import platform
 from zamba2_jax.parallel.mesh import constrain
 from zamba2_jax.parallel.sharded_ops import row_axes
-from zamba2_jax.text.stream import TextStream, TokenizerLike, hidden_tokens
+from zamba2_jax.text.stream import TextStream, TokenizerLike, byte_tokens, hidden_tokens
 from zamba2_jax.typing import Array, DTypeLike, at_least_fp32
 
 BLOCK = 32
@@ -200,7 +200,7 @@ class Engine:
         self.slots, self.capacity = slots, capacity
         self._model, self._chunk, self._tokenizer = model, chunk, tokenizer
         self._tap, self._backend = tap.edits(), default_backend(model.dtype) if backend is None else backend
-        self._hidden = hidden_tokens(tokenizer)
+        self._hidden, self._bytes = hidden_tokens(tokenizer), byte_tokens(tokenizer)
         self._rows = _empty_rows(model.config, slots, capacity, model.dtype)
         self._row: Cache | None = None
         # docs/xla-notes.md: weights-carried-by-loops
@@ -254,7 +254,7 @@ class Engine:
         before = request.prompt if request.prefix is None else [*request.prefix.tokens, *request.prompt]
         text = None
         if self._tokenizer is not None:
-            text = TextStream(self._tokenizer.decode, request.stop_strings, before, self._hidden)
+            text = TextStream(self._tokenizer.decode, request.stop_strings, before, self._hidden, self._bytes)
         task = _Task(next(self._numbers), request, text)
         self._queue.append(task)
         return task.number

@@ -114,6 +114,27 @@ def take_time_step_limit(hf: dict[str, Any], fields: dict[str, Any]) -> None:
     fields["time_step_limit"] = (low, high)
 
 
+def hybrid_layers(hf: dict[str, Any], num_layers: int) -> tuple[int, ...] | None:
+    """Takes the list of the kinds of layers: those that call a shared block; None where there is no list.
+
+    Raises:
+        ValueError: it is not a list of known kinds, one for each layer.
+    """
+    pattern = hf.pop("layers_block_type", None)
+    pattern = hf.pop("layer_types", None) if pattern is None else pattern
+    if pattern is None:
+        return None
+    if not isinstance(pattern, list | tuple):
+        raise ValueError(f"layers_block_type={pattern!r}: expected a list")
+    if len(pattern) != num_layers:
+        raise ValueError(f"layers_block_type has {len(pattern)} entries, expected num_hidden_layers = {num_layers}")
+    plain, hybrid = {"m", "mamba", "mamba2", "linear_attention"}, {"g", "hybrid"}
+    unknown = sorted({repr(kind) for kind in pattern if kind not in plain | hybrid})
+    if unknown:
+        raise ValueError(f"layers_block_type holds {', '.join(unknown)}, expected {sorted(plain | hybrid)}")
+    return tuple(layer for layer, kind in enumerate(pattern) if kind in hybrid)
+
+
 def json_float(value: float) -> Any:
     """A number as transformers 5 writes it into JSON, which has no infinity."""
     return {"__float__": "Infinity"} if value == math.inf else float(value)

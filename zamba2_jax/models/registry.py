@@ -69,6 +69,7 @@ def family_in(package: str, *, model: str, **rest: Any) -> Family:
 
 _OWN = {
     "zamba2": "zamba2_jax.models.zamba2.family",
+    "zamba": "zamba2_jax.models.zamba1.family",
     "mamba2": "zamba2_jax.models.mamba2.family",
     "llama": "zamba2_jax.models.transformer.llama",
     "mistral": "zamba2_jax.models.transformer.mistral",

@@ -54,6 +54,29 @@ class MambaState(struct.PyTreeNode):
         )
 
 
+class Mamba1State(struct.PyTreeNode):
+    """The state of one Mamba1 block.
+
+    Attributes:
+        conv_x: the last d_conv - 1 inputs of the convolution, oldest first.
+        ssm: the state of the recurrence, of the channels of all heads, in at least float32.
+    """
+
+    conv_x: Float[Array, "b past e"]
+    ssm: Float[Array, "b e n"]
+
+    @classmethod
+    def zeros(cls, b: int, past: int, e: int, n: int, dtype: DTypeLike) -> Self:
+        """Of `b` rows in compute dtype `dtype`."""
+        return cls(conv_x=jnp.zeros((b, past, e), dtype), ssm=jnp.zeros((b, e, n), at_least_fp32(dtype)))
+
+    def placed(self, rows: str | None) -> Self:
+        """Its channels are divided, too."""
+        return self.replace(
+            conv_x=constrain(self.conv_x, rows, None, "inner"), ssm=constrain(self.ssm, rows, "inner", None)
+        )
+
+
 class KVCache(struct.PyTreeNode):
     """Keys (already rotated) and values of one attention; slot i holds token i of the row.
 

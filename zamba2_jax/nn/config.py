@@ -8,7 +8,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 
 class HybridPlan(NamedTuple):
@@ -206,6 +206,180 @@ class Mamba2Config(ModelConfig):
     def mesh_sizes(self) -> Mapping[tuple[str, str], int]:
         """Also the heads."""
         return {("heads", "Mamba heads"): self.mamba_heads, **super().mesh_sizes()}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mamba1Config(ModelConfig):
+    """A model of Mamba1 blocks (arXiv:2312.00752) with several independent heads.
+
+    Attributes:
+        mamba_heads: heads h; `expand * hidden_size` divides among them. Each has its own B, C and dt.
+        d_state: SSM state size n, per channel.
+        dt_rank: rank of dt before it is projected to the channels; None for hidden_size / 16, rounded up, as it is held
+            if it is given as that.
+        expand: inner width of a block over `hidden_size`.
+        d_conv: taps k of the causal depthwise convolution.
+        use_conv_bias: biases of the convolutions.
+        use_proj_bias: biases on the in and out projections.
+        time_step_min, time_step_max, time_step_floor: dt at initialisation is log-uniform in [min, max],
+            then at least floor.
+    """
+
+    positive_ints: ClassVar[tuple[str, ...]] = (
+        *ModelConfig.positive_ints,
+        *("mamba_heads", "d_state", "expand", "d_conv"),
+    )
+    positive_floats: ClassVar[tuple[str, ...]] = (
+        *ModelConfig.positive_floats,
+        *("time_step_min", "time_step_max", "time_step_floor"),
+    )
+    booleans: ClassVar[tuple[str, ...]] = (*ModelConfig.booleans, "use_conv_bias", "use_proj_bias")
+
+    mamba_heads: int
+    d_state: int = 16
+    dt_rank: int | None = None
+    expand: int = 2
+    d_conv: int = 4
+    use_conv_bias: bool = True
+    use_proj_bias: bool = False
+    time_step_min: float = 0.001
+    time_step_max: float = 0.1
+    time_step_floor: float = 1e-4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_divisor(self, "mamba_heads", "expand * hidden_size", self.inner_size)
+        if self.dt_rank is not None:
+            require_positive_int("dt_rank", self.dt_rank)
+            if self.dt_rank == self._default_rank:
+                object.__setattr__(self, "dt_rank", None)
+        low, high = self.time_step_min, self.time_step_max
+        require(low <= high, "time_step_min", low, f"at most time_step_max = {high}")
+
+    @property
+    def _default_rank(self) -> int:
+        return -(-self.hidden_size // 16)
+
+    @property
+    def inner_size(self) -> int:
+        """Width e of the blocks: heads times head dim."""
+        return self.expand * self.hidden_size
+
+    @property
+    def mamba_head_dim(self) -> int:
+        """Channels p of one head."""
+        return self.inner_size // self.mamba_heads
+
+    @property
+    def time_step_rank(self) -> int:
+        """Numbers that dt of all channels of a head is projected from."""
+        return self._default_rank if self.dt_rank is None else self.dt_rank
+
+    @property
+    def x_proj_size(self) -> int:
+        """What a head's x is projected to: the numbers behind dt, B and C."""
+        return self.time_step_rank + 2 * self.d_state
+
+    def mesh_sizes(self) -> Mapping[tuple[str, str], int]:
+        """Also the channels."""
+        return {("channels", "Mamba channels"): self.inner_size, **super().mesh_sizes()}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HybridConfig(ModelConfig):
+    """A model in which some layers call shared transformer blocks on [residual, embedding].
+
+    Attributes:
+        hybrid_layer_ids: layers whose mixer's input also gets the output of a shared block, ascending; may be empty.
+        num_shared_blocks: distinct shared blocks, used in turn (ABAB...); 0 where no layer calls one.
+        attention_heads, kv_heads: query heads and key/value heads of a shared block.
+        ffn_size: width f of the gated MLP of a shared block.
+    """
+
+    hybrid_layer_ids: tuple[int, ...]
+    attention_heads: int
+    kv_heads: int
+    ffn_size: int
+    num_shared_blocks: int = 1
+
+    def __post_init__(self) -> None:
+        as_tuple(self, "hybrid_layer_ids")
+        super().__post_init__()
+        ids, blocks = self.hybrid_layer_ids, self.num_shared_blocks
+        require(is_int(blocks) and blocks >= 0, "num_shared_blocks", blocks, "an integer >= 0")
+        in_range = all(is_int(i) and 0 <= i < self.num_layers for i in ids)
+        require(in_range, "hybrid_layer_ids", ids, f"layer ids in [0, num_layers={self.num_layers})")
+        require(list(ids) == sorted(set(ids)), "hybrid_layer_ids", ids, "strictly ascending")
+        require(blocks <= len(ids), "num_shared_blocks", blocks, f"at most the number of hybrid layers, {len(ids)}")
+        require(blocks >= 1 or not ids, "num_shared_blocks", blocks, f"at least 1, as hybrid_layer_ids={ids}")
+        require_divisor(self, "attention_heads", "2 * hidden_size", self.attention_size)
+        require_divisor(self, "kv_heads", "attention_heads", self.attention_heads)
+
+    @property
+    def attention_size(self) -> int:
+        """Width of a shared block's input, [residual, embedding], and of its queries."""
+        return 2 * self.hidden_size
+
+    @property
+    def attention_head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.attention_size // self.attention_heads
+
+    @property
+    def kv_size(self) -> int:
+        """Width of a shared block's keys, and of its values."""
+        return self.kv_heads * self.attention_head_dim
+
+    @property
+    def attention_scale(self) -> float:
+        """Factor on the attention scores, (head_dim / 2)^-0.5: half the input is the embedding."""
+        return (self.attention_head_dim / 2) ** -0.5
+
+    @property
+    def rotary_base(self) -> float | None:
+        """Base of the rotary frequencies of the shared attention; None where q and k are not rotated."""
+        return None
+
+    @property
+    def adapter_rank(self) -> int:
+        """Rank of every per-call adapter; 0 for no adapters."""
+        return 0
+
+    @property
+    def attention_adapters(self) -> bool:
+        """Whether q, k and v have adapters, as the MLP has."""
+        return False
+
+    @property
+    def shared_mlp_bias(self) -> bool:
+        """Whether the MLP of a shared block has biases."""
+        return False
+
+    @cached_property
+    def layer_plan(self) -> tuple[LayerPlan, ...]:
+        """For each layer in order, what runs there; call i is of block `i % num_shared_blocks`."""
+        hybrids = {
+            layer: HybridPlan(call, call % self.num_shared_blocks) for call, layer in enumerate(self.hybrid_layer_ids)
+        }
+        return tuple(LayerPlan(layer, hybrids.get(layer)) for layer in range(self.num_layers))
+
+    def with_num_layers(self, num_layers: int) -> Self:
+        """With another depth: hybrid layers beyond it go; further ones come as far apart as the last two are."""
+        ids = [layer for layer in self.hybrid_layer_ids if layer < num_layers]
+        apart = self.hybrid_layer_ids[-1] - self.hybrid_layer_ids[-2] if self.num_calls > 1 else self.num_layers
+        if self.hybrid_layer_ids and num_layers > self.num_layers:
+            ids += range(ids[-1] + apart, num_layers, apart)
+        blocks = min(self.num_shared_blocks, len(ids))
+        return dataclasses.replace(self, num_layers=num_layers, hybrid_layer_ids=tuple(ids), num_shared_blocks=blocks)
+
+    def mesh_sizes(self) -> Mapping[tuple[str, str], int]:
+        """Also the heads and widths of the shared blocks."""
+        sizes = {**super().mesh_sizes()}
+        if self.num_calls:
+            sizes[("attention_heads", "attention heads")] = self.attention_heads
+            sizes[("attention_heads", "key heads")] = self.kv_heads
+            sizes[("ffn", "FFN width")] = self.ffn_size
+        return sizes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

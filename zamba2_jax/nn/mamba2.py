@@ -1,6 +1,8 @@
 """The Mamba2 block (arXiv:2405.21060, section 7) and the layer around it."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ from flax import nnx
 from jax.nn.initializers import ones
 
 from zamba2_jax.nn.cache import MambaState
-from zamba2_jax.nn.config import Mamba2Config
+from zamba2_jax.nn.config import Mamba2Config, ModelConfig
 from zamba2_jax.nn.context import Context
 from zamba2_jax.nn.linear import linear
 from zamba2_jax.nn.parameter import (
@@ -156,18 +158,20 @@ def mamba_state(config: Mamba2Config, batch: int, dtype: DTypeLike) -> MambaStat
 class MambaLayer(nnx.Module):
     """h + mamba(norm(h + t)): what a shared block gives, t, reaches the mixer but not the residual stream."""
 
-    def __init__(self, config: Mamba2Config, *, rngs: Rngs, dtype: DTypeLike = jnp.float32):
+    mixer: ClassVar[Callable[..., Any]] = Mamba2
+
+    def __init__(self, config: ModelConfig, *, rngs: Rngs, dtype: DTypeLike = jnp.float32):
         self.config = config
         self.norm = norm_scale(rngs, config.hidden_size, dtype)
-        self.mamba = Mamba2(config, rngs=rngs, dtype=dtype)
+        self.mamba = type(self).mixer(config, rngs=rngs, dtype=dtype)
 
     def __call__(
         self,
         h: Float[Array, "b t d"],
         shared_output: Float[Array, "b t d"] | None,
-        state: MambaState | None,
+        state: Any,
         context: Context,
-    ) -> tuple[Float[Array, "b t d"], MambaState]:
+    ) -> tuple[Float[Array, "b t d"], Any]:
         """The layer over whole rows, or one token of each, from `state` (zeros by default), and the state after."""
         u = h if shared_output is None else h + shared_output
         u = context.backend.rms_norm(u, self.norm[...], self.config.rms_norm_eps)

@@ -70,6 +70,27 @@ def log_one_to_n(key: jax.Array, shape: Sequence[int], dtype: DTypeLike) -> jax.
 
 
 @functools.cache
+def log_one_to(n: int) -> Initializer:
+    """A_log of Mamba1 at first: log(1) to log(n) for every channel, [e n] (arXiv:2312.00752, section 3.6, S4D-real)."""
+
+    def init(key: jax.Array, shape: Sequence[int], dtype: DTypeLike) -> jax.Array:
+        del key
+        return jnp.tile(jnp.log(jnp.arange(1, n + 1)), shape[0] // n).astype(dtype)
+
+    return init
+
+
+@functools.cache
+def uniform(bound: float) -> Initializer:
+    """Uniform in [-bound, bound]."""
+
+    def init(key: jax.Array, shape: Sequence[int], dtype: DTypeLike) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+@functools.cache
 def inverse_softplus_log_uniform(low: float, high: float, floor: float) -> Initializer:
     """dt_bias at first: softplus of it is log-uniform in [low, high], at least `floor`."""
 

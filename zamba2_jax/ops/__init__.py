@@ -9,6 +9,7 @@ from zamba2_jax.ops.linear import linear
 from zamba2_jax.ops.norm import gated_rms_norm, rms_norm
 from zamba2_jax.ops.rope import rotate
 from zamba2_jax.ops.segments import document_index, document_positions
+from zamba2_jax.ops.selective_scan import selective_scan, selective_scan_step
 from zamba2_jax.ops.ssd import ssd, ssd_step
 from zamba2_jax.ops.ssd_reference import ssd_associative, ssd_sequential
 
@@ -27,6 +28,8 @@ __all__ = [
     "predictions",
     "rms_norm",
     "rotate",
+    "selective_scan",
+    "selective_scan_step",
     "ssd",
     "ssd_associative",
     "ssd_sequential",

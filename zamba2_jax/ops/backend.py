@@ -30,7 +30,7 @@ class Backend:
     """How the ops of a model are computed; apart from rounding, nothing of it changes what they compute.
 
     Attributes:
-        scan: of `ops.ssd`.
+        scan: of `ops.ssd`; of `ops.selective_scan` the oracle where it is one of the oracles of `ops.ssd`, else "xla".
         attention: of `ops.causal_attention`; "xla" takes the place of "cudnn" for what cuDNN does not take, and with a
             window.
         cached_attention: of `ops.cached_attention`; likewise.

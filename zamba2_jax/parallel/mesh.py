@@ -31,6 +31,7 @@ RULES = {
     "d_model": ("fsdp",),
     "attention_in": ("fsdp",),
     "adapter_out": ("tensor", "fsdp"),
+    "channels": ("tensor", "fsdp"),
     # of both
     "vocab": ("tensor",),
     "inner": ("tensor",),

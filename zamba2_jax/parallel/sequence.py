@@ -5,6 +5,8 @@ part needs of the one before it: a few inputs of the convolution, states of the 
 values of attention. Differentiable in reverse; for our scans and kernels `jax.shard_map` needs `check_vma=False`.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -13,6 +15,9 @@ from zamba2_jax.ops.attention import document_tags
 from zamba2_jax.ops.attention_xla import attention_xla
 from zamba2_jax.ops.conv import Activation, causal_conv1d
 from zamba2_jax.ops.decay import log_decays
+from zamba2_jax.ops.segments import document_index
+from zamba2_jax.ops.selective_scan import SelectiveImplementation
+from zamba2_jax.ops.selective_scan import selective_scan as ops_selective_scan
 from zamba2_jax.ops.ssd import ssd
 from zamba2_jax.ops.ssd_reference import join
 from zamba2_jax.typing import Array, Bool, Float, Int, Shaped, at_least_fp32
@@ -71,6 +76,39 @@ def scan(
     start = jnp.where(goes_on[..., None, None], starts[jax.lax.axis_index(axis_name)], 0)
     y, _ = ssd(x, dt, A, B, C, D, initial_state=start, segment_ids=segment_ids, implementation=implementation)
     return y, ends[-1]
+
+
+def selective_scan(
+    x: Float[Array, "b t h p"],
+    dt: Float[Array, "b t h p"],
+    A: Float[Array, "h p n"],
+    B: Float[Array, "b t h n"],
+    C: Float[Array, "b t h n"],
+    D: Float[Array, "h p"] | None,
+    segment_ids: Int[Array, "b t"] | None,
+    axis_name: str,
+    implementation: SelectiveImplementation = "xla",
+) -> tuple[Float[Array, "b t h p"], Float[Array, "b h p n"]]:
+    """`ops.selective_scan`: y of this part, and the state after the whole row.
+
+    As `scan`, but what a part adds to the state takes a scan of its own: there are no products of matrices to take its
+    place.
+    """
+    wide = at_least_fp32(x.dtype)
+    run = partial(ops_selective_scan, x, dt, A, B, C, segment_ids=segment_ids, implementation=implementation)
+    _, added = run()
+    real_dt = dt if segment_ids is None else jnp.where(segment_ids[..., None, None] != 0, dt, 0)
+    total = jnp.minimum(real_dt.astype(wide).sum(axis=1), jnp.finfo(wide).max)
+    decay, goes_on = jnp.exp(total[..., None] * A.astype(wide)), jnp.ones((x.shape[0], 1, 1, 1), bool)
+    if segment_ids is not None:
+        goes_on = _goes_on(segment_ids, axis_name)[:, None, None, None]
+        restarts = (document_index(segment_ids)[:, -1] > 0)[:, None, None, None]
+        decay = jnp.where(goes_on & ~restarts, decay, 0)
+    decays, states = (jax.lax.all_gather(part, axis_name) for part in (decay, added))
+    _, ends = jax.lax.associative_scan(join, (decays, states))
+    starts = jnp.concatenate([jnp.zeros_like(ends[:1]), ends[:-1]])
+    start = jnp.where(goes_on, starts[jax.lax.axis_index(axis_name)], 0)
+    return run(D=D, initial_state=start)[0], ends[-1]
 
 
 @jax.checkpoint

@@ -14,9 +14,10 @@ from zamba2_jax import ops
 from zamba2_jax.ops.attention import cache_fits_cudnn, fits_cudnn
 from zamba2_jax.ops.backend import Backend
 from zamba2_jax.ops.conv import Activation, last_inputs
+from zamba2_jax.ops.selective_scan import SelectiveImplementation
 from zamba2_jax.parallel import sequence
 from zamba2_jax.parallel.mesh import ambient_mesh, constrain, parts, per_device, split_axis
-from zamba2_jax.typing import Array, Bool, Float, Int, Shaped
+from zamba2_jax.typing import Array, Bool, DTypeLike, Float, Int, Shaped, at_least_fp32
 
 
 def row_axes(rows: int, *, cached: bool) -> tuple[str | None, str | None]:
@@ -150,6 +151,113 @@ def ssd(
     wide = (*heads, None)
     in_axes = [wide, heads, ("heads",), wide, wide, ("heads",), state, (batch, time)]
     return per_device(part, in_axes, [wide, state])(x, dt, A, B, C, D, initial_state, segment_ids)
+
+
+def selective_scan(
+    x: Float[Array, "b t e"],
+    dt: Float[Array, "b t e"],
+    A: Float[Array, "e n"],
+    B: Float[Array, "b t h n"],
+    C: Float[Array, "b t h n"],
+    D: Float[Array, " e"],
+    *,
+    initial_state: Float[Array, "b e n"] | None,
+    segment_ids: Int[Array, "b t"] | None,
+    backend: Backend,
+) -> tuple[Float[Array, "b t e"], Float[Array, "b e n"]]:
+    """`ops.selective_scan`, e being the channels of all heads, which are divided even within a head."""
+    batch, time = row_axes(len(x), cached=initial_state is not None)
+    axis = split_axis(time)
+    implementation: SelectiveImplementation = "sequential" if backend.scan in ("sequential", "associative") else "xla"
+
+    def part(x, dt, A, B, C, D, initial_state, segment_ids):
+        heads = partial(_by_heads, heads=B.shape[2])
+        given = heads(x), heads(dt), heads(A, -2), B, C, heads(D)
+        if axis is not None:
+            y, state = sequence.selective_scan(*given, segment_ids, axis, implementation)
+        else:
+            start = None if initial_state is None else heads(initial_state, -2)
+            y, state = ops.selective_scan(
+                *given, initial_state=start, segment_ids=segment_ids, implementation=implementation
+            )
+        return y.reshape(x.shape), state.reshape(len(x), *A.shape)
+
+    B, C = (jnp.repeat(array, _heads_apart(array.shape[2]), axis=2) for array in (B, C))
+    wide, of_heads, state = (batch, time, "inner"), (batch, time, "inner", None), (batch, "inner", None)
+    in_axes = [wide, wide, ("inner", None), of_heads, of_heads, ("inner",), state, (batch, time)]
+    return per_device(part, in_axes, [wide, state])(x, dt, A, B, C, D, initial_state, segment_ids)
+
+
+def selective_scan_step(
+    x: Float[Array, "b e"],
+    dt: Float[Array, "b e"],
+    A: Float[Array, "e n"],
+    B: Float[Array, "b h n"],
+    C: Float[Array, "b h n"],
+    D: Float[Array, " e"],
+    *,
+    state: Float[Array, "b e n"],
+) -> tuple[Float[Array, "b e"], Float[Array, "b e n"]]:
+    """`ops.selective_scan_step`, e as in `selective_scan`."""
+    batch, _ = row_axes(len(x), cached=True)
+
+    def part(x, dt, A, B, C, D, state):
+        heads = partial(_by_heads, heads=B.shape[1])
+        y, after = ops.selective_scan_step(heads(x), heads(dt), heads(A, -2), B, C, heads(D), state=heads(state, -2))
+        return y.reshape(x.shape), after.reshape(state.shape)
+
+    B, C = (jnp.repeat(array, _heads_apart(array.shape[1]), axis=1) for array in (B, C))
+    wide, of_heads, of_state = (batch, "inner"), (batch, "inner", None), (batch, "inner", None)
+    in_axes = [wide, wide, ("inner", None), of_heads, of_heads, ("inner",), of_state]
+    return per_device(part, in_axes, [wide, of_state])(x, dt, A, B, C, D, state)
+
+
+def project_heads(
+    x: Float[Array, "b t e"], w: Float[Array, "o e"], heads: int, *, cached: bool, backend: Backend
+) -> Float[Array, "b t h o"]:
+    """The product of each head's channels of x with its columns of w; in the dtype of x, summed in at least float32."""
+    rows, apart, wide = row_axes(len(x), cached=cached), _heads_apart(heads), at_least_fp32(x.dtype)
+    on_device = heads * apart // _devices_of_inner()
+
+    def part(x, w):
+        size = x.shape[-1] // on_device
+        columns = [slice(i * size, (i + 1) * size) for i in range(on_device)]
+        return jnp.stack([backend.linear(x[..., own], w[:, own], dtype=wide) for own in columns], axis=-2)
+
+    y = per_device(part, [(*rows, "inner"), (None, "inner")], (*rows, "inner", None))(x, w)
+    return y.reshape(*y.shape[:2], heads, apart, -1).sum(axis=3).astype(x.dtype)
+
+
+def project_to_heads(
+    x: Float[Array, "b t h i"], w: Float[Array, "e i"], *, cached: bool, dtype: DTypeLike, backend: Backend
+) -> Float[Array, "b t e"]:
+    """The products of what each head has with its rows of w, one after the other, in `dtype`."""
+    rows = row_axes(len(x), cached=cached)
+
+    def part(x, w):
+        size = len(w) // x.shape[2]
+        own = (backend.linear(x[:, :, i], w[i * size : (i + 1) * size], dtype=dtype) for i in range(x.shape[2]))
+        return jnp.concatenate(list(own), axis=-1)
+
+    x = jnp.repeat(x, _heads_apart(x.shape[2]), axis=2)
+    return per_device(part, [(*rows, "inner", None), ("inner", None)], (*rows, "inner"))(x, w)
+
+
+def _heads_apart(heads: int) -> int:
+    """Into how many parts of equal size a head is cut so that no device has parts of two but whole ones."""
+    devices = _devices_of_inner()
+    return devices // gcd(heads, devices)
+
+
+def _devices_of_inner() -> int:
+    mesh = ambient_mesh()
+    return 1 if mesh is None else parts("inner", mesh)
+
+
+def _by_heads(array: Array, axis: int = -1, *, heads: int) -> Array:
+    """The array with the channels along an axis divided into heads."""
+    axis %= array.ndim
+    return array.reshape(*array.shape[:axis], heads, -1, *array.shape[axis + 1 :])
 
 
 def _groups_of_devices(

@@ -13,6 +13,7 @@ from zamba2_jax.checkpoint.hf import load_hf, save_hf
 from zamba2_jax.parity import ours, reference
 from zamba2_jax.parity.case import Case
 from zamba2_jax.parity.evidence import GROUPS, Evidence, Items, Row, compare, summarize
+from zamba2_jax.parity.families import reference_family
 from zamba2_jax.parity.layerwise import ORACLE, evidence, parts_of, with_settings
 
 
@@ -91,9 +92,10 @@ def check(
         progress: is told what is being done.
 
     Raises:
-        ValueError: the architecture is one transformers cannot run, or it did not take the checkpoint whole.
+        ValueError: transformers has no such family, cannot run the architecture, or did not take the checkpoint whole.
     """
     reference.reference_config(case.config, reference.CHUNK_SIZE)
+    states = reference_family(case.config).states
     batch = case.tokens(seed)
     with tempfile.TemporaryDirectory(prefix="zamba2-parity-") as name:
         scratch = Path(name)
@@ -105,7 +107,7 @@ def check(
 
         progress("PyTorch: outputs")
         model = reference.load(directory, case.config, dtype, reference.CHUNK_SIZE)
-        theirs.add(reference.forward(model, batch))
+        theirs.add(reference.forward(model, case.config, batch))
         progress("PyTorch: greedy continuation")
         their_tokens = reference.greedy(model, batch, new_tokens)
         progress("PyTorch: gradients")
@@ -117,7 +119,7 @@ def check(
         jax_model = load_hf(directory, dtype=dtype)
         with jax.default_matmul_precision(precision):
             progress("JAX: outputs")
-            our.add(ours.forward(jax_model, batch))
+            our.add(ours.forward(jax_model, states, batch))
             progress("JAX: greedy continuation")
             our_tokens = ours.greedy(jax_model, batch, new_tokens)
             progress("JAX: gradients")
@@ -126,7 +128,8 @@ def check(
         jax.clear_caches()
         gc.collect()
 
-        oracle = evidence(case.config, *parts_of(jax_model), batch, ORACLE, gradients=gradients, sum_calls=True)
+        parts = parts_of(jax_model)
+        oracle = evidence(case.config, *parts, batch, states, ORACLE, gradients=gradients, sum_calls=True)
         rows: list[Row] = []
         for items in with_settings(oracle, ORACLE):
             progress(f"float64 oracle: {next(iter(items))}")

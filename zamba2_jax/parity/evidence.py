@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-GROUPS = ("embed", "layer", "conv_state", "ssm_state", "logits", "loss", "gradient", "greedy")
+GROUPS = ("embed", "layer", "conv_state", "ssm_state", "keys", "values", "logits", "loss", "gradient", "greedy")
 """Kinds of evidence, in the order in which they are reported."""
 
 Items = Mapping[str, np.ndarray]

@@ -10,20 +10,17 @@ import numpy as np
 import optax
 from flax import nnx, struct
 
-from zamba2_jax.choices import Implementation
-from zamba2_jax.models.base import LanguageModel
+from zamba2_jax.models.base import LanguageModel, default_positions
 from zamba2_jax.models.layers import run_layers
 from zamba2_jax.nn.config import HybridPlan, LayerPlan, ModelConfig
 from zamba2_jax.nn.context import Context
 from zamba2_jax.nn.parameter import named_parameters
 from zamba2_jax.nn.tap import Tap
 from zamba2_jax.ops.backend import Backend
-from zamba2_jax.ops.linear import linear
-from zamba2_jax.ops.norm import rms_norm
-from zamba2_jax.ops.segments import document_positions
 from zamba2_jax.parity.case import Batch
 from zamba2_jax.parity.evidence import Items
-from zamba2_jax.typing import Array, cast_matrices
+from zamba2_jax.parity.states import States
+from zamba2_jax.typing import Array, at_least_fp32, cast_matrices
 
 
 class Precision(NamedTuple):
@@ -31,20 +28,17 @@ class Precision(NamedTuple):
 
     Attributes:
         dtype: compute dtype; by name.
-        scan: its implementation; see `ops.ssd`.
+        backend: how ops are computed.
         matmul: precision of matrix products, as for `jax.default_matmul_precision`.
     """
 
     dtype: str
-    scan: Implementation
+    backend: Backend
     matmul: str = "default"
 
 
-ORACLE = Precision("float64", "sequential")
-
-STATES = ("conv_x_state", "conv_bc_state", "ssm_state")
-"""Taps of a mixer's state after the last token."""
-_SEE_STATES = Tap(select=lambda name: name.rsplit(".", 1)[-1] in STATES)
+ORACLE = Precision("float64", Backend.reference())
+"""The definitions in plain jnp, with gradients of JAX's making."""
 
 IN_LITTLE_MEMORY: dict[str, str | bool] = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 """Has XLA order operations by the memory they hold. docs/xla-notes.md: memory-ordered-schedule"""
@@ -112,6 +106,7 @@ def evidence(
     ends: Ends,
     parts: Callable[[LayerPlan], Parts],
     batch: Batch,
+    states: States,
     precision: Precision,
     *,
     gradients: bool,
@@ -126,6 +121,7 @@ def evidence(
         ends: the parameters outside the layers.
         parts: gives the modules of a layer; asked once on the way forth and once back.
         batch: the tokens.
+        states: what a layer carries.
         precision: to compute in.
         gradients: whether to go backward at all.
         sum_calls: whether the gradient of what is used more than once is summed, and given at the end; else it is given
@@ -133,30 +129,31 @@ def evidence(
             of a layer's, that of tied embeddings as "gradient.embed" for the input and "gradient.head" for the output.
     """
     compiled = partial(jax.jit, compiler_options=compiler_options())
-    forward = compiled(_forward, static_argnames="precision")
+    forward = compiled(_forward, static_argnames=("precision", "taps"))
     backward = compiled(_backward, static_argnames=("precision", "kept"))
-    head = compiled(_head, static_argnames=("eps", "precision"))
+    head = compiled(_head, static_argnames=("eps", "precision", "gradients"))
     real = batch.real[..., None]
     segment_ids = None if batch.segment_ids is None else jnp.asarray(batch.segment_ids)
     tokens = jnp.asarray(batch.tokens)
-    h = embedded = cast_matrices(ends.embed[tokens], precision.dtype)
-    yield {"embed": np.asarray(h) * real}
+    embedded = cast_matrices(ends.embed[tokens], precision.dtype)
+    h = embedded.astype(at_least_fp32(embedded.dtype)) if config.residual_in_fp32 else embedded
+    yield {"embed": np.asarray(embedded) * real}
     inputs = []
     for row in config.layer_plan:
         inputs.append(h)
-        h, state = forward(parts(row), h, embedded, segment_ids, precision)
-        at, (conv_x, conv_bc, ssm) = f"layers.{row.layer}", (np.asarray(state[name]) for name in STATES)
-        conv_state = np.concatenate([conv_x, conv_bc], axis=-1).swapaxes(1, 2)  # as PyTorch keeps it
-        states = {f"{at}.conv_state": conv_state, f"{at}.ssm_state": ssm}
-        yield {f"{at}.output": np.asarray(h) * real} | states
+        h, tapped = forward(parts(row), h, embedded, segment_ids, precision, states.taps)
+        at, values = f"layers.{row.layer}", {name: np.asarray(value) for name, value in tapped.items()}
+        named = states.from_taps(config, values, batch.real).items()
+        yield {f"{at}.output": np.asarray(h) * real} | {f"{at}.{name}": state for name, state in named}
 
-    loss, logits, (cotangent, d_norm, d_matrix) = head(config.rms_norm_eps, ends, h, tokens, segment_ids, precision)
+    loss, logits, back = head(config.rms_norm_eps, ends, h, tokens, segment_ids, precision, gradients)
     yield {"logits": np.asarray(logits) * real}
     if tokens.shape[1] == 1:
         return
     yield {"loss": np.asarray(loss)}
     if not gradients:
         return
+    cotangent, d_norm, d_matrix = back
     yield {"gradient.norm": np.asarray(d_norm)}
     if ends.head is not None or not sum_calls:
         yield {"gradient.head": np.asarray(d_matrix)}
@@ -182,21 +179,27 @@ def evidence(
         del d_parts  # or it would be held while the next ones are computed
     for b, d_block in d_shared.items():
         yield _gradients(f"shared.{b}", d_block)
-    d_embed = jnp.zeros(ends.embed.shape, embedded.dtype).at[tokens].add(d_embedded + cotangent)
+    d_embedded += cotangent.astype(embedded.dtype)
+    d_embed = jnp.zeros(ends.embed.shape, embedded.dtype).at[tokens].add(d_embedded)
     yield {"gradient.embed": np.asarray(d_embed if d_matrix is None else d_embed + d_matrix)}
 
 
 def _forward(
-    parts: Parts, h: Array, embedded: Array, segment_ids: Array | None, precision: Precision
+    parts: Parts,
+    h: Array,
+    embedded: Array,
+    segment_ids: Array | None,
+    precision: Precision,
+    taps: tuple[str, ...] = (),
 ) -> tuple[Array, dict[str, Array]]:
-    """The layer's output, and its state after the last token, by the names of `STATES`."""
-    positions = jnp.arange(h.shape[1])[None] if segment_ids is None else document_positions(segment_ids)
-    context = Context(
-        jnp.broadcast_to(positions, h.shape[:2]), segment_ids, backend=Backend(scan=precision.scan), tap=_SEE_STATES
-    )
+    """The layer's output, and the values inside of it at `taps`."""
+    names = {f"layers.0.{tap}": tap for tap in taps}
+    positions = default_positions(h, segment_ids)
+    tap = Tap(select=lambda name: name in names)
+    context = Context(positions, segment_ids, backend=precision.backend, tap=tap)
     row = LayerPlan(0, HybridPlan(0, 0) if parts.calls else None)
     run = run_layers(cast_matrices(parts, precision.dtype), h, embedded, context, layers=[row])
-    return run.h, {name: run.tapped[f"layers.0.mamba.{name}"] for name in STATES}
+    return run.h, {tap: run.tapped[name] for name, tap in names.items()}
 
 
 def _backward(
@@ -218,11 +221,20 @@ def _backward(
     return optax.tree.cast(d_parts, kept), d_h, d_e
 
 
-def _head(eps: float, ends: Ends, h: Array, tokens: Array, segment_ids: Array | None, precision: Precision):
-    """The loss, the logits, and the loss's gradients in h, the final norm and the output matrix."""
+def _head(
+    eps: float,
+    ends: Ends,
+    h: Array,
+    tokens: Array,
+    segment_ids: Array | None,
+    precision: Precision,
+    gradients: bool,
+):
+    """The loss, the logits, and, with `gradients`, those of the loss in h, the final norm and the output matrix."""
+    backend = precision.backend
 
     def run(h: Array, norm: Array, matrix: Array) -> tuple[Array, Array]:
-        logits = linear(rms_norm(h, norm, eps), matrix)
+        logits = backend.linear(backend.rms_norm(h, norm, eps).astype(matrix.dtype), matrix)
         log_p = jax.nn.log_softmax(logits[:, :-1].astype(jnp.promote_types(logits.dtype, jnp.float32)))
         predicted = jnp.ones(tokens[:, 1:].shape, bool)
         if segment_ids is not None:
@@ -232,8 +244,10 @@ def _head(eps: float, ends: Ends, h: Array, tokens: Array, segment_ids: Array | 
 
     matrix = ends.embed if ends.head is None else ends.head
     norm, matrix = cast_matrices((ends.norm, matrix), precision.dtype)
-    (loss, logits), gradients = jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True)(h, norm, matrix)
-    return loss, logits, gradients
+    if not gradients:
+        return *run(h, norm, matrix), None
+    (loss, logits), back = jax.value_and_grad(run, argnums=(0, 1, 2), has_aux=True)(h, norm, matrix)
+    return loss, logits, back
 
 
 def _gradients(prefix: str, module: nnx.Module) -> Items:

@@ -15,6 +15,7 @@ from zamba2_jax.nn.config import ModelConfig
 from zamba2_jax.nn.parameter import named_parameters, with_values
 from zamba2_jax.parity.case import Batch, random_tensor
 from zamba2_jax.parity.evidence import Items
+from zamba2_jax.parity.states import States
 from zamba2_jax.train.objectives import next_token_loss
 from zamba2_jax.typing import DTypeLike, param_dtype
 
@@ -29,11 +30,11 @@ def random_model(config: ModelConfig, seed: int, dtype: DTypeLike = jnp.float32)
     return with_values(jax.eval_shape(lambda: init_model(config, rngs=nnx.Rngs(0))), values)
 
 
-def forward(model: LanguageModel, batch: Batch) -> Items:
+def forward(model: LanguageModel, states: States, batch: Batch) -> Items:
     """Embeddings, layer outputs, states after the last token, and logits."""
     layers = [f"layers.{i}" for i in range(model.config.num_layers)]
-    states = ("mamba.conv_x_state", "mamba.conv_bc_state", "mamba.ssm_state")
-    select = ("embed", *(f"{layer}.output" for layer in layers), *(f"{layer}.{s}" for layer in layers for s in states))
+    seen = ("embed", *(f"{layer}.output" for layer in layers))
+    select = (*seen, *(f"{layer}.{tap}" for layer in layers for tap in states.taps))
 
     @jax.jit
     def run(model: LanguageModel, tokens: jax.Array, segment_ids: jax.Array | None) -> Captured:
@@ -41,11 +42,11 @@ def forward(model: LanguageModel, batch: Batch) -> Items:
 
     logits, captured, _ = run(model, batch.tokens, batch.segment_ids)
     real = batch.real[..., None]
-    items = {name: np.asarray(captured[name], np.float32) * real for name in select if name.endswith(("d", "output"))}
+    items = {name: np.asarray(captured[name], np.float32) * real for name in seen}
     for layer in layers:
-        x, bc, ssm = (np.asarray(captured[f"{layer}.{state}"], np.float32) for state in states)
-        items[f"{layer}.conv_state"] = np.concatenate([x, bc], axis=-1).swapaxes(1, 2)
-        items[f"{layer}.ssm_state"] = ssm
+        values = {tap: np.asarray(captured[f"{layer}.{tap}"], np.float32) for tap in states.taps}
+        named = states.from_taps(model.config, values, batch.real)
+        items |= {f"{layer}.{name}": state for name, state in named.items()}
     return items | {"logits": np.asarray(logits, np.float32) * real}
 
 

@@ -6,13 +6,13 @@ import numpy as np
 import torch
 import transformers
 from torch import nn
-from transformers.models.zamba2 import modeling_zamba2
 
 from zamba2_jax.models.tensors import Tensor
-from zamba2_jax.models.zamba2.config import Zamba2Config
-from zamba2_jax.nn.config import LayerPlan
+from zamba2_jax.nn.config import LayerPlan, ModelConfig
 from zamba2_jax.parity.case import Batch
 from zamba2_jax.parity.evidence import Items
+from zamba2_jax.parity.families import reference_family
+from zamba2_jax.parity.families.base import LayerCall
 from zamba2_jax.parity.reference import numpy, reference_config, split, states
 
 CHUNK_SIZE = 64
@@ -20,7 +20,7 @@ CHUNK_SIZE = 64
 
 
 def evidence(
-    config: Zamba2Config,
+    config: ModelConfig,
     ends: Callable[[], dict[Tensor, np.ndarray]],
     parts: Callable[[LayerPlan], dict[Tensor, np.ndarray]],
     batch: Batch,
@@ -38,20 +38,15 @@ def evidence(
         dtype: to compute in.
         gradients: whether to go backward at all.
     """
-    hf = reference_config(config, CHUNK_SIZE)
+    family, hf = reference_family(config), reference_config(config, CHUNK_SIZE)
     hf._attn_implementation = "sdpa"
     tokens = torch.from_numpy(np.asarray(batch.tokens)).long()
-    outer = {tensor.name: torch.from_numpy(array).to(dtype) for tensor, array in ends().items()}
-    embed, norm = outer["model.embed_tokens.weight"], outer["model.final_layernorm.weight"]
-    matrix = outer.get("lm_head.weight", embed)
-    rotary = None
-    if config.use_rope:
-        positions = torch.arange(tokens.shape[1])[None]
-        rotary = modeling_zamba2.Zamba2RotaryEmbedding(hf)(embed, positions)
+    outer = {tensor.parts[0].path: torch.from_numpy(array).to(dtype) for tensor, array in ends().items()}
+    embed, norm = outer["embed"], outer["norm"]
+    matrix = outer.get("head", embed)
 
     def run(module: nn.Module, row: LayerPlan, h: torch.Tensor, e: torch.Tensor, cache: transformers.Cache | None):
-        mask = torch.full((1, 1, *[tokens.shape[1]] * 2), -torch.inf, dtype=dtype).triu(1)
-        return module(h, e, row.layer, None, mask, position_embeddings=rotary, past_key_values=cache)
+        return family.run(LayerCall(hf, module, row, h, e, cache))
 
     h = embedded = embed[tokens]
     yield {"embed": numpy(h)}
@@ -61,19 +56,19 @@ def evidence(
         cache = transformers.DynamicCache(config=hf)
         with torch.no_grad():
             h = run(_module(config, hf, row, parts(row), dtype), row, h, embedded, cache)
-        yield {f"layers.{row.layer}.output": numpy(h), **states(hf, cache, row.layer)}
+        yield {f"layers.{row.layer}.output": numpy(h), **states(config, cache, row.layer, batch)}
 
-    leaves = [tensor.clone().requires_grad_() for tensor in (h, norm, matrix)]
+    leaves = [tensor.detach().requires_grad_(gradients) for tensor in (h, norm, matrix)]
     logits, loss = _head(config, leaves[0], leaves[1], leaves[2], tokens)
-    loss.backward()
-    cotangent, d_norm, d_matrix = (leaf.grad for leaf in leaves)
     yield {"logits": numpy(logits)}
     yield {"loss": numpy(loss)}
     if not gradients:
         return
+    loss.backward()
+    cotangent, d_norm, d_matrix = (leaf.grad for leaf in leaves)
     yield {"gradient.norm": numpy(d_norm)}
     yield {"gradient.head": numpy(d_matrix)}
-    del leaves, d_matrix  # the largest tensors
+    del leaves, logits, loss, d_matrix  # the largest tensors
 
     d_embedded = torch.zeros_like(embedded)
     for row, h in zip(reversed(config.layer_plan), reversed(inputs), strict=True):
@@ -90,22 +85,19 @@ def evidence(
 
 
 def _module(
-    config: Zamba2Config,
-    hf: transformers.Zamba2Config,
+    config: ModelConfig,
+    hf: transformers.PretrainedConfig,
     row: LayerPlan,
     tensors: dict[Tensor, np.ndarray],
     dtype: torch.dtype,
 ) -> nn.Module:
     """One layer, plain or hybrid, on the given tensors."""
+    family = reference_family(config)
     with torch.device("meta"):
-        module: nn.Module = modeling_zamba2.Zamba2MambaDecoderLayer(hf, row.layer)
-        if row.hybrid is not None:
-            block = modeling_zamba2.Zamba2AttentionDecoderLayer(hf, block_id=row.hybrid.block)
-            linear = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
-            module = modeling_zamba2.Zamba2HybridLayer(block, linear, module)
+        module = family.layer(hf, row)
     values = {_inner_name(tensor): torch.from_numpy(array).to(dtype) for tensor, array in tensors.items()}
     missing, unexpected = module.load_state_dict(values, strict=False, assign=True)
-    unread = [name for name in missing if "_adapter_list." not in name]  # of the block's other calls
+    unread = [name for name in missing if not family.unread(name)]
     if unread or unexpected:
         raise ValueError(f"layer {row.layer}: transformers misses {unread} and does not expect {unexpected}")
     return module.eval()
@@ -132,10 +124,10 @@ def _inner_name(tensor: Tensor) -> str:
 
 
 def _head(
-    config: Zamba2Config, h: torch.Tensor, norm: torch.Tensor, matrix: torch.Tensor, tokens: torch.Tensor
+    config: ModelConfig, h: torch.Tensor, norm: torch.Tensor, matrix: torch.Tensor, tokens: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    final = modeling_zamba2.Zamba2RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+    final = reference_family(config).norm(config.hidden_size, eps=config.rms_norm_eps)
     del final.weight
     final.weight = norm
-    logits = nn.functional.linear(final(h), matrix)
+    logits = nn.functional.linear(final(h).to(matrix.dtype), matrix)
     return logits, nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), tokens[:, 1:].flatten())

@@ -1,7 +1,8 @@
 """Parity of a model that does not fit: layer after layer through both frameworks and the oracle, side by side."""
 
-from collections.abc import Callable
-from functools import lru_cache
+import dataclasses
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
 from pathlib import Path
 
 import jax
@@ -14,16 +15,20 @@ from safetensors import safe_open
 from zamba2_jax.checkpoint.hf import find_entries, match
 from zamba2_jax.models.registry import family_of
 from zamba2_jax.models.tensors import Tensor
-from zamba2_jax.models.zamba2.config import Zamba2Config
-from zamba2_jax.nn.config import LayerPlan
+from zamba2_jax.nn.config import LayerPlan, ModelConfig
 from zamba2_jax.nn.parameter import with_values
+from zamba2_jax.ops.backend import Backend, default_backend
 from zamba2_jax.parity import layerwise, reference_layerwise
 from zamba2_jax.parity.case import Case, random_tensor
 from zamba2_jax.parity.check import Report, compare_items, compare_tokens, limits_for, report
-from zamba2_jax.parity.evidence import Row
+from zamba2_jax.parity.evidence import Items, Row
+from zamba2_jax.parity.families import reference_family
 
 Read = Callable[[Tensor], np.ndarray]
 """Gives the values of a tensor, float32."""
+
+ORACLE = layerwise.Precision("float64", dataclasses.replace(Backend.reference(), scan="xla"))
+"""As `layerwise.ORACLE`, but for the scan: by chunks it is the recurrence to 1e-13, in half its time."""
 
 
 def check_streaming(
@@ -38,7 +43,6 @@ def check_streaming(
 ) -> Report:
     """Runs a model in both frameworks and in float64, holding one layer at a time.
 
-    The oracle's scan goes by chunks too, which in float64 is the recurrence to 1e-13 and takes half its time.
     The gradient of a shared block is compared call by call, that of tied embeddings for the input and the output apart.
     In place of a greedy continuation, which would stream the model anew for every token, the likeliest next token is
     compared after every token of the batch.
@@ -53,22 +57,23 @@ def check_streaming(
         progress: is told what is being compared.
 
     Raises:
-        ValueError: the case has padding, the checkpoint is not one of the architecture, or transformers cannot run it.
+        ValueError: the case has padding, the checkpoint is not one of the architecture, or transformers has no such
+            family or cannot run it.
     """
     if case.left_padding:
         raise ValueError(f"left_padding={case.left_padding}: expected none when streaming")
+    states = reference_family(case.config).states
+    reference_layerwise.reference_config(case.config, reference_layerwise.CHUNK_SIZE)
     weights = _Weights(case.config, _reader(case.config, directory, seed, dtype))
-    batch = case.tokens(seed)
-    sides = layerwise.Precision(dtype, "xla", precision), layerwise.Precision("float64", "xla")
-    our, oracle = (
-        layerwise.with_settings(
-            layerwise.evidence(
-                case.config, weights.ends(), weights.parts, batch, side, gradients=gradients, sum_calls=False
-            ),
-            side,
+    batch, ends = case.tokens(seed), weights.ends()
+
+    def side(precision: layerwise.Precision) -> Iterator[Items]:
+        items = layerwise.evidence(
+            case.config, ends, weights.parts, batch, states, precision, gradients=gradients, sum_calls=False
         )
-        for side in sides
-    )
+        return layerwise.with_settings(items, precision)
+
+    our, oracle = side(layerwise.Precision(dtype, default_backend(dtype), precision)), side(ORACLE)
     their = reference_layerwise.evidence(
         case.config, weights.outer, weights.layer, batch, getattr(torch, dtype), gradients=gradients
     )
@@ -85,7 +90,7 @@ def check_streaming(
 class _Weights:
     """The tensors of a model, read when they are needed; those of the last layer are kept."""
 
-    def __init__(self, config: Zamba2Config, read: Read):
+    def __init__(self, config: ModelConfig, read: Read):
         self._config, self._read = config, read
         self._table: dict[str, list[Tensor]] = {}
         for tensor in family_of(config).tensors(config):
@@ -113,7 +118,7 @@ class _Weights:
     def _parts(self, row: LayerPlan) -> layerwise.Parts:
         """The same as modules."""
         tensors, model = self.layer(row), family_of(self._config).model()
-        layer = self._module(model.layer, tensors, f"layers.{row.layer}.")
+        layer = self._module(partial(model.make_layer, layer=row.layer), tensors, f"layers.{row.layer}.")
         if row.hybrid is None:
             return layerwise.Parts(self._config, {0: layer}, {}, {})
         block = self._module(model.block, tensors, f"shared.{row.hybrid.block}.")
@@ -134,7 +139,7 @@ def _split(values: dict[Tensor, np.ndarray]) -> dict[str, jax.Array]:
     return {path: jnp.asarray(part) for tensor, array in values.items() for path, part in tensor.split(array).items()}
 
 
-def _reader(config: Zamba2Config, directory: Path | None, seed: int, dtype: str) -> Read:
+def _reader(config: ModelConfig, directory: Path | None, seed: int, dtype: str) -> Read:
     """Reads tensors of a checkpoint, or makes them at random; rounded to bfloat16 if that is what is computed in."""
     entries = {}
     if directory is not None:

@@ -6,7 +6,7 @@ import json
 import math
 import tomllib
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -115,12 +115,59 @@ class EvaluationConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class WandbConfig:
+    """A run of Weights & Biases.
+
+    Attributes:
+        project: of the run.
+        name: of the run; that of the run's directory by default.
+        tags: of the run.
+        mode: "offline" writes files for `wandb sync`, without the network; by default what WANDB_MODE says, or
+            "online".
+    """
+
+    project: str = "zamba2-jax"
+    name: str | None = None
+    tags: tuple[str, ...] = ()
+    mode: Literal["online", "offline"] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrackioConfig:
+    """A run of trackio, on this machine or in a Space.
+
+    Attributes:
+        project: of the run.
+        name: of the run; that of the run's directory by default.
+        space_id: the Hugging Face Space to send it to, as "owner/name"; None keeps it on this machine.
+    """
+
+    project: str = "zamba2-jax"
+    name: str | None = None
+    space_id: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrackersConfig:
+    """Where else records go; None is nowhere.
+
+    Attributes:
+        wandb: Weights & Biases, of the extra of that name.
+        trackio: trackio, of the extra of that name.
+    """
+
+    wandb: WandbConfig | None = None
+    trackio: TrackioConfig | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
     """What is reported.
 
     Attributes:
         every: steps to a record, counted within a phase.
         tensorboard: whether to write TensorBoard files beside metrics.jsonl.
+        trackers: a table for each tracker that gets the records; or their names, as ["wandb"], with defaults.
         health_every: steps to a measurement of the run's health, counted from its start; 0 for never. See
             docs/health.md.
         profile_start: step after which `jax.profiler` starts to look, at least 1, None for never.
@@ -130,8 +177,17 @@ class LoggingConfig:
     every: int = 10
     health_every: int = 20
     tensorboard: bool = True
+    trackers: TrackersConfig = TrackersConfig()
     profile_start: int | None = None
     profile_steps: int = 3
+
+    @classmethod
+    def complete_table(cls, table: Mapping[str, Any]) -> dict[str, Any]:
+        """The table with names of trackers as tables of their defaults."""
+        names = table.get("trackers")
+        if isinstance(names, list | tuple) and all(isinstance(name, str) for name in names):
+            return {**table, "trackers": {name: {} for name in names}}
+        return dict(table)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -215,7 +271,7 @@ class RunConfig:
         for phase in self.phases:
             for name in phase.shares:
                 if name not in self.sources:
-                    raise ValueError(f"phase {phase.name!r}: shares name {name!r}{_nearest(name, self.sources)}")
+                    raise ValueError(f"phase {phase.name!r}: shares name {name!r}{nearest(name, self.sources)}")
 
     def as_dict(self) -> dict[str, Any]:
         """Tables for JSON, from which `from_table` makes the same value."""
@@ -233,13 +289,36 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         ValueError: the file or an override is not valid, a key is unknown or missing, or a value breaks a rule.
         OSError: the file cannot be read.
     """
+    return from_table(RunConfig, read_table(path, overrides))
+
+
+def read_table(path: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The tables that `load_config` makes a run of.
+
+    Raises:
+        ValueError: the file or an override is not valid.
+        OSError: the file cannot be read.
+    """
     text = path.read_text(encoding="utf-8")
     try:
         table = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except ValueError as error:
         raise ValueError(f"{path} is not valid: {error}") from error
     for override in overrides:
-        _override(table, override)
+        key, value = parse_setting(override, "--set")
+        _set(table, key, value, f"--set {override}")
+    return table
+
+
+def with_overrides(config: RunConfig, overrides: Mapping[str, Any]) -> RunConfig:
+    """The run with other values for some keys, as "phases.0.steps" or "model.num_layers".
+
+    Raises:
+        ValueError: a key is unknown, or a value breaks a rule.
+    """
+    table = config.as_dict()
+    for key, value in overrides.items():
+        _set(table, key, value, f"{key}={value!r}")
     return from_table(RunConfig, table)
 
 
@@ -265,7 +344,7 @@ def from_table(kind: type[T], table: Any, place: str = "") -> T:
         table = dict(complete(table))
     for key in table:
         if key not in fields:
-            raise ValueError(f"{_join(place, key)} is unknown{_nearest(key, fields)}")
+            raise ValueError(f"{_join(place, key)} is unknown{nearest(key, fields)}")
     required = [name for name, field in fields.items() if field.default is field.default_factory is dataclasses.MISSING]
     missing = [_join(place, name) for name in required if name not in table]
     if missing:
@@ -289,7 +368,12 @@ def differences(before: RunConfig, now: RunConfig) -> list[str]:
         tree["step"] = {"z_loss": tree["step"]["z_loss"]}
     new["phases"] = new["phases"][: len(old["phases"])]
     new["sources"] = {name: source for name, source in new["sources"].items() if name in old["sources"]}
-    flat_old, flat_new = (_flatten({k: v for k, v in tree.items() if k not in _FREE}) for tree in (old, new))
+    return differing(old, new, free=_FREE)
+
+
+def differing(before: Mapping[str, Any], now: Mapping[str, Any], *, free: Sequence[str] = ()) -> list[str]:
+    """Where two trees of tables, as of `RunConfig.as_dict`, differ but for the keys `free`, a line each."""
+    flat_old, flat_new = (flatten({k: v for k, v in tree.items() if k not in free}) for tree in (before, now))
     return [
         f"{key}: {flat_old.get(key)!r} before, {flat_new.get(key)!r} now"
         for key in [*flat_old, *(key for key in flat_new if key not in flat_old)]
@@ -350,36 +434,52 @@ def _convert_scalar(kind: type, value: Any, place: str) -> Any:
     return value
 
 
-def _override(table: dict[str, Any], text: str) -> None:
-    """Sets one value in nested tables and lists."""
+def parse_setting(text: str, option: str) -> tuple[str, Any]:
+    """The key, as "phases.0.steps", and the value of "key=value"; what is not TOML is text.
+
+    Args:
+        text: from the command line.
+        option: that it was given to, for the message.
+
+    Raises:
+        ValueError: there is no "=", or a part of the key is empty.
+    """
     path, equals, written = text.partition("=")
-    keys = path.strip().split(".")
-    if not equals or not all(keys):
-        raise ValueError(f"--set {text}: expected key=value")
+    path = path.strip()
+    if not equals or not all(path.split(".")):
+        raise ValueError(f"{option} {text}: expected key=value")
     try:
-        value = tomllib.loads(f"value = {written}")["value"]
+        return path, tomllib.loads(f"value = {written}")["value"]
     except tomllib.TOMLDecodeError:
-        value = written
+        return path, written
+
+
+def _set(table: dict[str, Any], path: str, value: Any, shown: str) -> None:
+    """Sets one value in nested tables and lists; `shown` begins the messages."""
+    keys = path.split(".")
+    if not all(keys):
+        raise ValueError(f"{shown}: expected key=value")
     at: Any = table
     for depth, key in enumerate(keys):
         place = ".".join(keys[:depth])
         index: Any = key
         if isinstance(at, list):
             if not key.isdecimal() or int(key) >= len(at):
-                raise ValueError(f"--set {text}: {place} has the entries 0 to {len(at) - 1}, not {key}")
+                raise ValueError(f"{shown}: {place} has the entries 0 to {len(at) - 1}, not {key}")
             index = int(key)
         elif not isinstance(at, dict):
-            raise ValueError(f"--set {text}: {place} is {at!r}, expected a table")
+            raise ValueError(f"{shown}: {place} is {at!r}, expected a table")
         if depth == len(keys) - 1:
             at[index] = value
         else:
             at = at[index] if isinstance(at, list) else at.setdefault(key, {})
 
 
-def _flatten(value: Any, place: str = "") -> dict[str, Any]:
+def flatten(value: Any, place: str = "") -> dict[str, Any]:
+    """Nested tables and lists as one table, by keys as "phases.0.steps"; empty ones are values."""
     if isinstance(value, dict | list) and value:
         items = value.items() if isinstance(value, dict) else enumerate(value)
-        return {k: v for key, item in items for k, v in _flatten(item, _join(place, str(key))).items()}
+        return {k: v for key, item in items for k, v in flatten(item, _join(place, str(key))).items()}
     return {place: value}
 
 
@@ -387,8 +487,9 @@ def _join(place: str, key: str) -> str:
     return f"{place}.{key}" if place else key
 
 
-def _nearest(name: str, known: Mapping[str, Any]) -> str:
-    """The end of a message about a name that is not known."""
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a message about a name that is not known: the nearest that is, or else all."""
+    known = list(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f": did you mean {close[0]!r}?" if close else f": expected one of {', '.join(known)}"
 

@@ -7,7 +7,7 @@ import json
 import os
 import socket
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,9 +31,11 @@ TOKENIZER = "tokenizer"
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
+TRACKERS = "trackers"  # which runs of trackers this run is, and what these write here
 PROFILE = "profile"
+DIVERGED = ".diverged"  # why a run ended so, until it goes on
 
-NAMES = (CONFIG, ARCHITECTURE, TOKENIZER, CHECKPOINTS, METRICS, TENSORBOARD, PROFILE)
+NAMES = (CONFIG, ARCHITECTURE, TOKENIZER, CHECKPOINTS, METRICS, TENSORBOARD, TRACKERS, PROFILE)
 """All that a run writes, beside files whose names begin with a dot."""
 
 _CLAIM = ".claim.json"
@@ -124,21 +126,28 @@ def look_at_run(location: str | os.PathLike[str]) -> Iterator[Place]:
 
 def _fetch(remote: RemoteDirectory, names: Iterable[str], directory: Path) -> None:
     """Copies what a run begins with again."""
-    wanted = [name for name in names if name in (CONFIG, ARCHITECTURE, METRICS) or name.startswith(f"{TOKENIZER}/")]
+    wanted = [
+        name for name in names if name in (CONFIG, ARCHITECTURE, METRICS) or name.split("/")[0] in (TOKENIZER, TRACKERS)
+    ]
     if CONFIG in wanted:
         remote.download({name: directory / name for name in wanted})
 
 
-def _refuse_foreign(location: str, names: set[str]) -> None:
-    """Raises a FileExistsError if a directory holds what is not of a run."""
-    foreign = sorted(name for name in names if name not in NAMES and name[0] != ".")
-    if foreign and CONFIG not in names:
+def _refuse_foreign(location: str, found: set[str], marker: str = CONFIG, names: Collection[str] = NAMES) -> None:
+    """Raises a FileExistsError if a directory without the file `marker` holds other than `names`."""
+    foreign = sorted(name for name in found if name not in names and name[0] != ".")
+    if foreign and marker not in found:
         raise FileExistsError(f"{location} holds {', '.join(foreign[:3])}: expected a new directory, or that of a run")
 
 
 @contextlib.contextmanager
-def claim(directory: Path) -> Iterator[None]:
+def claim(directory: Path, *, marker: str = CONFIG, names: Collection[str] = NAMES) -> Iterator[None]:
     """Makes the directory of a run if need be, and keeps other processes from running in it meanwhile.
+
+    Args:
+        directory: of a run, or of what else lives by these rules.
+        marker: the file that says that one is there, which may then hold anything.
+        names: what one without it may hold.
 
     Raises:
         OSError: it cannot be written to, holds what is not of a run, or another process is running in it.
@@ -146,13 +155,25 @@ def claim(directory: Path) -> Iterator[None]:
     if directory.exists() and not directory.is_dir():
         raise FileExistsError(f"{directory} is a file: expected a directory for the run")
     directory.mkdir(parents=True, exist_ok=True)
-    _refuse_foreign(str(directory), {path.name for path in directory.iterdir()})
+    _refuse_foreign(str(directory), {path.name for path in directory.iterdir()}, marker, names)
     with (directory / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BlockingIOError(f"another process is running in {directory}") from None
         yield
+
+
+def is_running(directory: Path) -> bool:
+    """Whether a process has claimed the directory of a run; of other machines only as far as its file system knows."""
+    try:
+        with (directory / ".lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        pass
+    return False
 
 
 def read_run(directory: Path) -> tuple[RunConfig, ModelConfig]:
@@ -188,13 +209,13 @@ def resolve_architecture(config: RunConfig, directory: Path) -> ModelConfig:
     return architecture
 
 
-def open_tokenizer(config: RunConfig, directory: Path, vocab_size: int) -> Tokenizer | None:
-    """The tokenizer of the run that is in the directory, or else of a new one; None where it has none.
+def open_tokenizer(config: RunConfig, directory: Path | None, vocab_size: int) -> Tokenizer | None:
+    """The tokenizer of the run that is in the directory, if any, or else of a new one; None where it has none.
 
     Raises:
         ValueError, OSError: as `load_tokenizer`, `embedded_tokenizer`.
     """
-    if (directory / TOKENIZER).is_dir():
+    if directory is not None and (directory / TOKENIZER).is_dir():
         return load_tokenizer(directory / TOKENIZER)
     if config.tokenizer == EMBEDDED_TOKENIZER:
         return embedded_tokenizer(vocab_size)

@@ -56,12 +56,12 @@ def _read_model(place: Place, step: int | None) -> tuple[LanguageModel, int]:
                 raise FileNotFoundError(f"{checkpoints.location} holds no checkpoint yet")
             step = checkpoints.steps[-1]
         if config.model.hf is None and (place.directory / TOKENIZER).is_dir():
-            architecture = _with_token_ids(architecture, load_tokenizer(place.directory / TOKENIZER))
+            architecture = with_token_ids(architecture, load_tokenizer(place.directory / TOKENIZER))
         like = jax.eval_shape(lambda: init_model(architecture, rngs=nnx.Rngs(0), dtype=config.dtype))
         return checkpoints.restore_part(step, like, "model"), step
 
 
-def _with_token_ids(architecture: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
+def with_token_ids(architecture: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
     """The architecture with the special tokens of the tokenizer it was trained with, as far as it can be fed them."""
 
     def known(name: str) -> int | None:

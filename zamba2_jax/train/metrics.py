@@ -150,8 +150,7 @@ class JsonLines:
 
     def __call__(self, record: Record) -> None:
         """Writes one record."""
-        values = {"kind": KINDS[type(record)], **_values(record)}
-        self._file.write(json.dumps(_finite(values)) + "\n")
+        self._file.write(json.dumps(as_line(record)) + "\n")
         self._file.flush()
 
 
@@ -175,28 +174,80 @@ class TensorBoard:
 
     def __call__(self, record: Record) -> None:
         """Writes one record."""
-        group = f"eval/{record.held_out}" if isinstance(record, EvalRecord) else KINDS[type(record)]
-        values = _values(record)
-        if isinstance(record, TrainRecord):
-            values["tokens_per_second"] = record.tokens_per_second
-        for name, value in _flat(values):
-            if isinstance(value, int | float) and name != "step":
-                self._writer.add_scalar(f"{group}/{name}", value, record.step)
+        for name, value in scalars(record).items():
+            self._writer.add_scalar(name, value, record.step)
+
+
+def scalars(record: Record) -> dict[str, float]:
+    """The numbers of a record, but for its step, by the names that TensorBoard shows, as "eval/prose/loss"."""
+    group = f"eval/{record.held_out}" if isinstance(record, EvalRecord) else KINDS[type(record)]
+    values = _values(record)
+    if isinstance(record, TrainRecord):
+        values["tokens_per_second"] = record.tokens_per_second
+    return {
+        f"{group}/{name}": value for name, value in _flat(values) if isinstance(value, int | float) and name != "step"
+    }
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The lines of a run, each step's last one of its kind, in the order of the steps.
 
-    A run that was interrupted repeats steps that came after its last checkpoint.
+    A run that was interrupted repeats steps that came after its last checkpoint. A last line without its end, which is
+    being written or was cut off, is left out.
 
     Raises:
-        ValueError: a line is not JSON.
+        ValueError: a line is not a record in JSON.
         OSError: there is no such file.
     """
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = []
+    for number, text in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
+        try:
+            lines.append(json.loads(text))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} is not valid JSON: {error}") from error
+        if not isinstance(lines[-1], dict) or lines[-1].get("kind") not in KINDS.values() or "step" not in lines[-1]:
+            raise ValueError(f"{path}, line {number}: expected a record of kind {', '.join(KINDS.values())}")
     order = list(KINDS.values())
     last = {(line["step"], order.index(line["kind"]), line.get("held_out", "")): line for line in lines}
     return [last[key] for key in sorted(last)]
+
+
+def as_line(record: Record) -> dict[str, Any]:
+    """A record for JSON, as `read_records` gives it; a number that is not finite is None."""
+    return _finite({"kind": KINDS[type(record)], **_values(record)})
+
+
+def as_record(line: Mapping[str, Any]) -> Record:
+    """The record that a line was written from; null where there has to be a number is NaN.
+
+    Raises:
+        ValueError: it lacks something.
+    """
+    try:
+        if line["kind"] == KINDS[HealthRecord]:
+            calls = {
+                name: CallHealth(**{**_numbers(call), "entropy": tuple(map(_number, call["entropy"]))})
+                for name, call in line["calls"].items()
+            }
+            groups = {name: GroupHealth(**_numbers(group)) for name, group in line["groups"].items()}
+            return HealthRecord(phase=line["phase"], step=line["step"], calls=calls, groups=groups)
+        kind = TrainRecord if line["kind"] == KINDS[TrainRecord] else EvalRecord
+        fields = [field for field in dataclasses.fields(kind) if field.name in line]
+        values = {
+            field.name: _number(line[field.name]) if field.default is dataclasses.MISSING else line[field.name]
+            for field in fields
+        }
+        return kind(**values)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{dict(line)} is not a record: {error}") from error
+
+
+def _numbers(table: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _number(value) for name, value in table.items()}
+
+
+def _number(value: Any) -> Any:
+    return math.nan if value is None else value
 
 
 def tee(*reports: Report) -> Report:

@@ -13,7 +13,8 @@ from zamba2_jax.choices import Decay
 
 if TYPE_CHECKING:
     from zamba2_jax.nn.config import ModelConfig
-    from zamba2_jax.train.optimizer import Optimizer
+    from zamba2_jax.train.config import RunConfig
+    from zamba2_jax.train.optimizer import Muon
     from zamba2_jax.train.schedule import Phase
 
 STEPS = (240, 240, 840)
@@ -47,7 +48,7 @@ def init_scale(config: ModelConfig) -> dict[str, float]:
     return _fitting(_INIT_SCALE, config)
 
 
-def optimizer(config: ModelConfig) -> Optimizer:
+def optimizer(config: ModelConfig) -> Muon:
     """Muon, slower on what belongs to shared blocks, if the model has any."""
     from zamba2_jax.train.optimizer import Muon, ParameterGroup
 
@@ -112,3 +113,59 @@ def phases(
             final_fraction=0.01,
         ),
     ]
+
+
+def run_config(
+    model: ModelConfig,
+    *,
+    steps: Sequence[int] = STEPS,
+    batch_size: int = 4,
+    length: int = 128,
+    learning_rate: float = LEARNING_RATE,
+    directory: str = "runs/recipe",
+) -> RunConfig:
+    """The run that trains an architecture by the recipe, on the embedded corpus.
+
+    What the recipe says of parameters that the architecture does not have, such as shared blocks, is left out.
+
+    Args:
+        model: the architecture.
+        steps: of the three phases.
+        batch_size: rows of a step.
+        length: tokens of a row.
+        learning_rate: the peak.
+        directory: of the run.
+
+    Raises:
+        ValueError: a value breaks a rule of `RunConfig`.
+    """
+    import dataclasses
+
+    from zamba2_jax.data.sources import SourceConfig
+    from zamba2_jax.data.synthetic import Copying
+    from zamba2_jax.train.config import EMBEDDED_TOKENIZER, EvaluationConfig, LoggingConfig, ModelSource, RunConfig
+
+    # A row holds the longest string twice, with a marker between, BOS and EOS.
+    longest = min(60, (length - 3) // 2)
+    copying = Copying(symbols=64, lengths=(min(3, longest), longest), distinct=True)
+    return RunConfig(
+        directory=directory,
+        model=ModelSource(architecture={"model_type": model.model_type, **dataclasses.asdict(model)}),
+        tokenizer=EMBEDDED_TOKENIZER,
+        sources={"code": SourceConfig(kind="code"), "prose": SourceConfig(kind="prose"), "copying": copying},
+        phases=tuple(phases(steps)),
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        length=length,
+        optimizer=optimizer(model),
+        init_scale=init_scale(model),
+        evaluation=EvaluationConfig(
+            every=125,
+            sources={
+                "prose": SourceConfig(kind="held_out_prose"),
+                "code": SourceConfig(kind="held_out_code"),
+                "copying": dataclasses.replace(copying, lengths=(-(-longest // 3), longest)),
+            },
+        ),
+        logging=LoggingConfig(every=5),
+    )

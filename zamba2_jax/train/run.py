@@ -25,6 +25,7 @@ from zamba2_jax.models.registry import init_model
 from zamba2_jax.nn.config import ModelConfig
 from zamba2_jax.parallel.hosts import host_share, place, preemption, run_mesh
 from zamba2_jax.parallel.mesh import check_mesh
+from zamba2_jax.text.tokenizer import Tokenizer
 from zamba2_jax.train import directory as layout
 from zamba2_jax.train.config import LoggingConfig, RunConfig
 from zamba2_jax.train.loop import AfterStep, DivergedError, Position, Stage, make_stages, train
@@ -44,6 +45,7 @@ from zamba2_jax.train.progress import ProgressView
 from zamba2_jax.train.schedule import boundaries, learning_rate
 from zamba2_jax.train.stacks import parameter_names
 from zamba2_jax.train.step import TrainState, abstract_batch, abstract_state, compile_train_step, init_state
+from zamba2_jax.train.trackers import check_installed, open_trackers
 
 
 def run(config: RunConfig, console: Console) -> bool:
@@ -97,8 +99,7 @@ class _Plan(NamedTuple):
         directory: of the run, on this machine.
         mesh: over which it runs.
         stages: the phases, with this process's part of their batches.
-        held_out: batches to evaluate on by name, on the mesh.
-        texts: their tokens and the bytes of text these stand for, where that is known.
+        data: that it reads.
     """
 
     config: RunConfig
@@ -106,50 +107,96 @@ class _Plan(NamedTuple):
     directory: Path
     mesh: Mesh
     stages: list[Stage]
-    held_out: dict[str, list[Batch]]
-    texts: dict[str, tuple[int, int]]
+    data: "Data"
 
 
 def _prepare(config: RunConfig, directory: Path, console: Console) -> _Plan:
     """Finds what can be wrong, opens the data, and writes down what the run is."""
     mesh = run_mesh(config.mesh)
+    if jax.process_index() == 0:
+        check_installed(config.logging.trackers)
     architecture = layout.resolve_architecture(config, directory)
     check_mesh(architecture, mesh, batch=config.batch_size, length=config.length)
     console.print("Opening the data")
     tokenizer = layout.open_tokenizer(config, directory, architecture.vocab_size)
+    check_names(config, architecture)
+    data = open_data(config, tokenizer, architecture.vocab_size, mesh)
+    stages = data.stages(config, mesh)
+    if jax.process_index() == 0:
+        layout.write_run(config, architecture, tokenizer, directory)
+    return _Plan(config, architecture, directory, mesh, stages, data)
+
+
+def check_names(config: RunConfig, architecture: ModelConfig) -> None:
+    """Whether what the config says of parameters by their names is about some.
+
+    Raises:
+        ValueError: a pattern fits no parameter; the message names its place.
+    """
     names = parameter_names(jax.eval_shape(lambda: init_model(architecture, rngs=nnx.Rngs(0))))
     config.optimizer.check(names)
     check_patterns(((f"init_scale.{pattern}", pattern) for pattern in config.init_scale), names)
 
+
+class Data(NamedTuple):
+    """What a run reads.
+
+    Attributes:
+        sources: to train on, by name.
+        held_out: batches to evaluate on by name, on the mesh.
+        texts: their tokens and the bytes of text these stand for, where that is known.
+        vocab_size: that all ids are below.
+    """
+
+    sources: Mapping[str, Source]
+    held_out: Mapping[str, list[Batch]]
+    texts: Mapping[str, tuple[int, int]]
+    vocab_size: int
+
+    def stages(self, config: RunConfig, mesh: Mesh) -> list[Stage]:
+        """The phases of a run, with this process's part of their batches."""
+        return make_stages(
+            config.phases,
+            self.sources,
+            batch_size=config.batch_size,
+            length=config.length,
+            seed=config.seed if config.data_seed is None else config.data_seed,
+            share=host_share(mesh, config.batch_size, config.length),
+            vocab_size=self.vocab_size,
+        )
+
+    def with_bits(self, record: EvalRecord) -> EvalRecord:
+        """The record with its bits per byte, where they are known."""
+        if record.held_out not in self.texts:
+            return record
+        return dataclasses.replace(record, bits_per_byte=bits_per_byte(record.loss, *self.texts[record.held_out]))
+
+
+def open_data(config: RunConfig, tokenizer: Tokenizer | None, vocab_size: int, mesh: Mesh) -> Data:
+    """Opens the sources of a run, and packs those it is evaluated on.
+
+    Raises:
+        ValueError, OSError: as `open_source`, `held_out`.
+    """
+
     def open_all(sources: Mapping[str, AnySource]) -> dict[str, Source]:
-        vocab_size = architecture.vocab_size
         return {name: open_source(source, tokenizer, vocab_size=vocab_size) for name, source in sources.items()}
 
-    sizes = {"batch_size": config.batch_size, "length": config.length}
-    stages = make_stages(
-        config.phases,
-        open_all(config.sources),
-        **sizes,
-        seed=config.seed if config.data_seed is None else config.data_seed,
-        share=host_share(mesh, **sizes),
-        vocab_size=architecture.vocab_size,
+    sizes = {"batch_size": config.batch_size, "length": config.length, "vocab_size": vocab_size}
+    unseen = open_all(config.evaluation.sources)
+    return Data(
+        sources=open_all(config.sources),
+        held_out={
+            name: [place(batch, mesh, config.batch_size) for batch in held_out(source, name=name, **sizes)]
+            for name, source in unseen.items()
+        },
+        texts={
+            name: (source.tokens, source.text_bytes)
+            for name, source in unseen.items()
+            if isinstance(source, Documents) and source.text_bytes
+        },
+        vocab_size=vocab_size,
     )
-    unseen_sources = open_all(config.evaluation.sources)
-    unseen = {
-        name: [
-            place(batch, mesh, config.batch_size)
-            for batch in held_out(source, **sizes, name=name, vocab_size=architecture.vocab_size)
-        ]
-        for name, source in unseen_sources.items()
-    }
-    texts = {
-        name: (source.tokens, source.text_bytes)
-        for name, source in unseen_sources.items()
-        if isinstance(source, Documents) and source.text_bytes
-    }
-    if jax.process_index() == 0:
-        layout.write_run(config, architecture, tokenizer, directory)
-    return _Plan(config, architecture, directory, mesh, stages, unseen, texts)
 
 
 def _go_on(
@@ -163,6 +210,7 @@ def _go_on(
     config, mesh, optimizer = plan.config, plan.mesh, plan.config.optimizer.transformation()
     taken = checkpoints.steps[-1] if checkpoints.steps else 0
     console.print(f"Compiling; {taken} of {boundaries(config.phases)[-1]} steps are done")
+    report = _open_reports(plan, taken, console, stack) if jax.process_index() == 0 else _ignore
     state, start = _start(plan, optimizer, checkpoints)
     schedule = learning_rate(config.phases, config.learning_rate)
     step = compile_train_step(
@@ -173,14 +221,13 @@ def _go_on(
         config=config.step,
         health_every=config.logging.health_every or None,
     )
-    report = _open_reports(plan, taken, console, stack) if jax.process_index() == 0 else _ignore
     profiler = stack.enter_context(_Profiler(config.logging, plan.directory / layout.PROFILE))
     try:
         train(
             state,
             lambda state, batch: step(state, place(batch, mesh, config.batch_size)),
             plan.stages,
-            held_out=plan.held_out,
+            held_out=plan.data.held_out,
             log_every=config.logging.every,
             eval_every=config.evaluation.every,
             report=report,
@@ -193,6 +240,8 @@ def _go_on(
         checkpoints.wait()
     except (DivergedError, OSError) as error:
         kind = DivergedError if isinstance(error, DivergedError) else OSError
+        if isinstance(error, DivergedError) and jax.process_index() == 0:
+            (plan.directory / layout.DIVERGED).write_text(f"{error}\n", encoding="utf-8")
         kept = f"the last checkpoint is {checkpoints.latest}" if checkpoints.steps else "there is no checkpoint yet"
         raise kind(f"{error}; {kept}") from error
 
@@ -202,18 +251,29 @@ def _start(
 ) -> tuple[TrainState, Position | None]:
     """The state to go on from, and where it stands: the last checkpoint, or else the beginning."""
     config = plan.config
-    like = abstract_state(plan.architecture, optimizer, plan.mesh, config.dtype)
     if checkpoints.steps:
+        like = abstract_state(plan.architecture, optimizer, plan.mesh, config.dtype)
         state, note = checkpoints.restore(checkpoints.steps[-1], like)
         return state, Position(**note)
-    places = jax.tree.map(lambda leaf: leaf.sharding, like)
+    return fresh_state(config, plan.architecture, optimizer, plan.mesh), None
+
+
+def fresh_state(
+    config: RunConfig, architecture: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """The state of a run before its first step, on the mesh, which is set.
+
+    Raises:
+        ValueError, OSError: as `load_hf`, where the run starts from a checkpoint.
+    """
+    places = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(architecture, optimizer, mesh, config.dtype))
     if config.model.hf is not None:
-        model = load_hf(config.model.hf, dtype=config.dtype, mesh=plan.mesh)
+        model = load_hf(config.model.hf, dtype=config.dtype, mesh=mesh)
     else:
-        fresh = init_model(plan.architecture, rngs=nnx.Rngs(config.seed), dtype=config.dtype)
+        fresh = init_model(architecture, rngs=nnx.Rngs(config.seed), dtype=config.dtype)
         model = scale_matrices(fresh, config.init_scale)
     begin = jax.jit(lambda model: init_state(model, optimizer), out_shardings=places, donate_argnums=0)
-    return begin(model), None
+    return begin(model)
 
 
 def _after_step(
@@ -233,7 +293,7 @@ def _after_step(
 
 
 def _open_reports(plan: _Plan, taken: int, console: Console, stack: contextlib.ExitStack) -> Report:
-    """Terminal, JSON lines and TensorBoard, with what is measured here added to the records."""
+    """Terminal, JSON lines, TensorBoard and trackers, with what is measured here added to the records."""
     config, directory = plan.config, plan.directory
     reports: list[Report] = [
         stack.enter_context(JsonLines(directory / layout.METRICS, append=True)),
@@ -241,6 +301,9 @@ def _open_reports(plan: _Plan, taken: int, console: Console, stack: contextlib.E
     ]
     if config.logging.tensorboard:
         reports.append(stack.enter_context(TensorBoard(directory / layout.TENSORBOARD, first_step=taken + 1)))
+    trackers = open_trackers(config, directory / layout.TRACKERS, plan.architecture)
+    reports += [stack.enter_context(tracker) for tracker in trackers]
+    (directory / layout.DIVERGED).unlink(missing_ok=True)
     write = tee(*reports)
     peaks = [peak_flops(device) for device in plan.mesh.devices.flat]
     flops = train_flops(plan.architecture, config.length)
@@ -249,9 +312,8 @@ def _open_reports(plan: _Plan, taken: int, console: Console, stack: contextlib.E
         if isinstance(record, TrainRecord):
             used = record.tokens_per_second * flops / sum(filter(None, peaks)) if all(peaks) else None
             record = dataclasses.replace(record, memory=_memory(), utilisation=used)
-        elif isinstance(record, EvalRecord) and record.held_out in plan.texts:
-            bits = bits_per_byte(record.loss, *plan.texts[record.held_out])
-            record = dataclasses.replace(record, bits_per_byte=bits)
+        elif isinstance(record, EvalRecord):
+            record = plan.data.with_bits(record)
         write(record)
 
     return report

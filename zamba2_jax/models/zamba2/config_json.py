@@ -7,6 +7,7 @@ from typing import Any
 from zamba2_jax.models.config_json import (
     check_derived,
     check_rest,
+    hybrid_layers,
     json_tokens,
     keep_known_tokens,
     require_fields,
@@ -110,22 +111,12 @@ _HF_DERIVED = {
 
 
 def _hybrid_layer_ids(hf: dict[str, Any], num_layers: int) -> Sequence[int]:
-    pattern = hf.pop("layers_block_type", None)
-    pattern = hf.pop("layer_types", None) if pattern is None else pattern
+    from_pattern = hybrid_layers(hf, num_layers)
     ids = hf.pop("hybrid_layer_ids", None)
-    if pattern is None:
+    if from_pattern is None:
         if ids is None:
             raise ValueError("config has neither 'layers_block_type' nor 'hybrid_layer_ids', expected one")
         return ids
-    if not isinstance(pattern, list | tuple):
-        raise ValueError(f"layers_block_type={pattern!r}: expected a list")
-    if len(pattern) != num_layers:
-        raise ValueError(f"layers_block_type has {len(pattern)} entries, expected num_hidden_layers = {num_layers}")
-    plain, hybrid = {"m", "mamba", "mamba2", "linear_attention"}, {"g", "hybrid"}
-    unknown = sorted({repr(kind) for kind in pattern if kind not in plain | hybrid})
-    if unknown:
-        raise ValueError(f"layers_block_type holds {', '.join(unknown)}, expected {sorted(plain | hybrid)}")
-    from_pattern = tuple(layer for layer, kind in enumerate(pattern) if kind in hybrid)
     if ids not in (None, from_pattern, list(from_pattern)):
         raise ValueError(f"hybrid_layer_ids={ids} disagrees with layers_block_type, which gives {list(from_pattern)}")
     return from_pattern

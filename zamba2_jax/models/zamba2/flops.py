@@ -3,6 +3,7 @@
 from zamba2_jax.models.flops import ForwardFlops, PartFlops
 from zamba2_jax.models.mamba2.flops import mixer_flops
 from zamba2_jax.models.zamba2.config import Zamba2Config
+from zamba2_jax.nn.config import HybridConfig
 
 
 def forward_flops(config: Zamba2Config, length: int) -> ForwardFlops:
@@ -21,17 +22,26 @@ def forward_flops(config: Zamba2Config, length: int) -> ForwardFlops:
 
     Attention is counted as dense, the half that a causal mask hides included (arXiv:2204.02311, appendix B).
     """
-    d, f, a, v = config.hidden_size, config.ffn_size, config.adapter_rank, config.vocab_size
-    kv, calls = config.kv_size, config.num_calls
+    d, f, a, kv = config.hidden_size, config.ffn_size, config.adapter_rank, config.kv_size
     attention_adapters = 2 * (6 * d * a + a * (2 * d + 2 * kv)) if config.attention_adapters else 0
-    qkv = 2 * d * (2 * d + 2 * kv)
+    adapters = PartFlops(config.num_calls * (2 * (d * a + 2 * a * f) + attention_adapters))
     return ForwardFlops(
-        layers={
-            "mixers": mixer_flops(config, length),
-            "attention": PartFlops(calls * (qkv + 4 * d * d), calls * 8 * d * length),
-            "mlp": PartFlops(calls * 6 * d * f),
-            "adapters": PartFlops(calls * (2 * (d * a + 2 * a * f) + attention_adapters)),
-            "linears": PartFlops(calls * 2 * d * d),
-        },
-        ends={"embedded_qkv": config.num_shared_blocks * qkv, "head": 2 * d * v},
+        layers={"mixers": mixer_flops(config, length), **call_flops(config, length), "adapters": adapters},
+        ends={"embedded_qkv": embedded_qkv_flops(config), "head": 2 * d * config.vocab_size},
     )
+
+
+def call_flops(config: HybridConfig, length: int) -> dict[str, PartFlops]:
+    """Of all calls of shared blocks, per token, by part, without adapters."""
+    d, calls = config.hidden_size, config.num_calls
+    qkv = 2 * d * (2 * d + 2 * config.kv_size)
+    return {
+        "attention": PartFlops(calls * (qkv + 4 * d * d), calls * 8 * d * length),
+        "mlp": PartFlops(calls * 6 * d * config.ffn_size),
+        "linears": PartFlops(calls * 2 * d * d),
+    }
+
+
+def embedded_qkv_flops(config: HybridConfig) -> int:
+    """Of q, k and v of the embeddings, which each shared block has once for all its calls."""
+    return config.num_shared_blocks * 2 * config.hidden_size * (2 * config.hidden_size + 2 * config.kv_size)

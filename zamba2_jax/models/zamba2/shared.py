@@ -11,11 +11,11 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from flax import nnx
 
-from zamba2_jax.models.zamba2.config import Zamba2Config
 from zamba2_jax.nn.cache import KVCache
+from zamba2_jax.nn.config import HybridConfig
 from zamba2_jax.nn.context import Context
 from zamba2_jax.nn.linear import linear
-from zamba2_jax.nn.parameter import Rngs, norm_scale, normal, optional_bias, param
+from zamba2_jax.nn.parameter import Rngs, bias, norm_scale, normal, param
 from zamba2_jax.ops.backend import Backend
 from zamba2_jax.ops.norm import inverse_rms
 from zamba2_jax.ops.placement import rounded
@@ -34,7 +34,7 @@ class EmbeddedQKV(NamedTuple):
 class AttentionAdapters(nnx.Module):
     """Low-rank terms x a.T b.T on q, k and v. There is no scale: these adapters are part of the pretrained model."""
 
-    def __init__(self, config: Zamba2Config, *, rngs: Rngs, dtype: DTypeLike = jnp.float32):
+    def __init__(self, config: HybridConfig, *, rngs: Rngs, dtype: DTypeLike = jnp.float32):
         matrix = normal(config.initializer_range)
         into = ((config.adapter_rank, config.attention_size), ("rank", "attention_in"))
         out_of_q = ((config.attention_size, config.adapter_rank), ("adapter_out", "rank"))
@@ -50,7 +50,7 @@ class AttentionAdapters(nnx.Module):
 class MLPAdapter(nnx.Module):
     """Low-rank terms on gate and up of the MLP, whose first matrix they share."""
 
-    def __init__(self, config: Zamba2Config, *, rngs: Rngs, dtype: DTypeLike = jnp.float32):
+    def __init__(self, config: HybridConfig, *, rngs: Rngs, dtype: DTypeLike = jnp.float32):
         d, f, a = config.hidden_size, config.ffn_size, config.adapter_rank
         matrix = normal(config.initializer_range)
         self.a = param(rngs, matrix, (a, d), ("rank", "d_model"), dtype)
@@ -61,7 +61,7 @@ class MLPAdapter(nnx.Module):
 class SharedCall(nnx.Module):
     """What one call of a shared block does not share: its adapters and the linear map after it."""
 
-    def __init__(self, config: Zamba2Config, *, rngs: Rngs, dtype: DTypeLike = jnp.float32):
+    def __init__(self, config: HybridConfig, *, rngs: Rngs, dtype: DTypeLike = jnp.float32):
         d, matrix = config.hidden_size, normal(config.initializer_range)
         self.attention = AttentionAdapters(config, rngs=rngs, dtype=dtype) if config.attention_adapters else None
         self.mlp = MLPAdapter(config, rngs=rngs, dtype=dtype) if config.adapter_rank else None
@@ -71,7 +71,7 @@ class SharedCall(nnx.Module):
 class SharedAttention(nnx.Module):
     """Causal attention from [residual, embedding], of width 2d, to width d."""
 
-    def __init__(self, config: Zamba2Config, *, rngs: Rngs, dtype: DTypeLike = jnp.float32):
+    def __init__(self, config: HybridConfig, *, rngs: Rngs, dtype: DTypeLike = jnp.float32):
         d, size, matrix = config.hidden_size, config.attention_size, normal(config.initializer_range)
         to_q = ((size, d), ("attention_heads", "d_model"))
         to_kv = ((config.kv_size, d), ("attention_heads", "d_model"))
@@ -106,8 +106,8 @@ class SharedAttention(nnx.Module):
             k += project(project(x, adapters.k_a), adapters.k_b)
             v += project(project(x, adapters.v_a), adapters.v_b)
         q, k, v = (y.reshape(*y.shape[:-1], -1, c.attention_head_dim) for y in rounded((q, k, v)))
-        if c.use_rope:
-            q, k = (backend.rotate(y, context.positions, c.rope_theta) for y in (q, k))
+        if c.rotary_base is not None:
+            q, k = (backend.rotate(y, context.positions, c.rotary_base) for y in (q, k))
         tap = context.tap
         q, k, v = tap("q", q), tap("k", k), tap("v", v)
         if cache is None:
@@ -128,15 +128,15 @@ class SharedAttention(nnx.Module):
 class SharedMLP(nnx.Module):
     """Gated MLP with the exact GELU: down(gelu(gate x) * up x)."""
 
-    def __init__(self, config: Zamba2Config, *, rngs: Rngs, dtype: DTypeLike = jnp.float32):
+    def __init__(self, config: HybridConfig, *, rngs: Rngs, dtype: DTypeLike = jnp.float32):
         d, f = config.hidden_size, config.ffn_size
         matrix = normal(config.initializer_range)
         self.gate = param(rngs, matrix, (f, d), ("ffn", "d_model"), dtype)
         self.up = param(rngs, matrix, (f, d), ("ffn", "d_model"), dtype)
         self.down = param(rngs, matrix, (d, f), ("d_model", "ffn"), dtype)
-        self.gate_bias = optional_bias(config, rngs, f, dtype, "ffn")
-        self.up_bias = optional_bias(config, rngs, f, dtype, "ffn")
-        self.down_bias = optional_bias(config, rngs, d, dtype)
+        self.gate_bias = bias(rngs, f, dtype, "ffn") if config.shared_mlp_bias else None
+        self.up_bias = bias(rngs, f, dtype, "ffn") if config.shared_mlp_bias else None
+        self.down_bias = bias(rngs, d, dtype) if config.shared_mlp_bias else None
 
     def __call__(self, x: Float[Array, "b t d"], adapter: MLPAdapter | None, context: Context) -> Float[Array, "b t d"]:
         """The MLP with the adapter of a call."""
@@ -153,7 +153,7 @@ class SharedMLP(nnx.Module):
 class SharedBlock(nnx.Module):
     """Attention, then a gated MLP, on [residual, embedding]. There is no residual connection inside."""
 
-    def __init__(self, config: Zamba2Config, *, rngs: Rngs, dtype: DTypeLike = jnp.float32):
+    def __init__(self, config: HybridConfig, *, rngs: Rngs, dtype: DTypeLike = jnp.float32):
         self.config = config
         self.norm = norm_scale(rngs, config.attention_size, dtype)
         self.attention = SharedAttention(config, rngs=rngs, dtype=dtype)
