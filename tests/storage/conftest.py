@@ -31,6 +31,6 @@ def bucket(server, use, tmp_path, monkeypatch, request):
     """The URL of a new bucket; the cache of this user is a directory of the test's own."""
     use(server)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    name = request.node.name.translate(str.maketrans("_[]", "---")).strip("-")[-60:]
+    name = request.node.name.translate(str.maketrans("_[]", "---"))[-60:].strip("-")
     fsspec.filesystem("s3").mkdir(name)
     return f"s3://{name}"

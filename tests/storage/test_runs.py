@@ -37,15 +37,22 @@ def outcome(values):
         return read_records(place.directory / "metrics.jsonl"), jax.device_get(state)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What a run on this machine comes to."""
+    path = tmp_path_factory.mktemp("whole")
+    values = config(path, directory=str(path / "run"))
+    assert run(values, QUIET)
+    return outcome(values)
+
+
 def assert_same(one, other):
     assert numbers(one[0]) == numbers(other[0])
     for a, b in zip(jax.tree.leaves(one[1]), jax.tree.leaves(other[1]), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-def test_a_killed_run_goes_on_as_if_it_never_had_been(bucket, tmp_path):
-    whole = config(tmp_path, directory=str(tmp_path / "whole"))
-    assert run(whole, QUIET)
+def test_a_killed_run_goes_on_as_if_it_never_had_been(bucket, whole, tmp_path):
     values = table(tmp_path, directory=f"{bucket}/runs/killed", logging={"every": 3, "health_every": 13})
     (tmp_path / "run.json").write_text(json.dumps(values))
     process = subprocess.Popen([*COMMAND, "train", "--config", str(tmp_path / "run.json")], stdout=subprocess.DEVNULL)
@@ -55,7 +62,7 @@ def test_a_killed_run_goes_on_as_if_it_never_had_been(bucket, tmp_path):
     process.kill()
     assert process.wait() == -signal.SIGKILL
     assert run(config(tmp_path, directory=values["directory"]), QUIET)
-    assert_same(outcome(config(tmp_path, directory=values["directory"])), outcome(whole))
+    assert_same(outcome(config(tmp_path, directory=values["directory"])), whole)
     top = {name.split("/")[0] for name in remote.sizes()}
     assert top == {
         ".claim.json",
@@ -104,7 +111,9 @@ def test_an_export_goes_there_and_a_run_on_another_mesh_begins_with_it(bucket, t
     assert outcome(further)[0][0]["loss"] == pytest.approx(outcome(wider)[0][-1]["loss"], rel=1e-6)
 
 
-def test_a_store_that_goes_away_costs_what_came_after_the_last_checkpoint(bucket, server, use, tmp_path, monkeypatch):
+def test_a_store_that_goes_away_costs_what_came_after_the_last_checkpoint(
+    bucket, whole, server, use, tmp_path, monkeypatch
+):
     values = config(tmp_path, directory=f"{bucket}/run", checkpoints={"every": 3})
     remote = RemoteDirectory(values.directory)
     with Proxy(server) as proxy:
@@ -127,9 +136,7 @@ def test_a_store_that_goes_away_costs_what_came_after_the_last_checkpoint(bucket
     use(server)
     assert RemoteDirectory(f"{values.directory}/checkpoints/6").sizes()
     assert run(values, QUIET)
-    whole = config(tmp_path, directory=str(tmp_path / "whole"), checkpoints={"every": 3})
-    assert run(whole, QUIET)
-    assert_same(outcome(values), outcome(whole))
+    assert_same(outcome(values), whole)
 
 
 def test_a_slow_store_does_not_slow_steps(bucket, server, use, tmp_path, monkeypatch):
