@@ -12,7 +12,8 @@ NEEDS_TORCH = {"quickstart"}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook_runs_from_the_first_cell_to_the_last(path):
+def test_notebook_runs_from_the_first_cell_to_the_last(path, monkeypatch):
+    monkeypatch.setenv("QUICK", "1")  # to those that train many models
     if path.stem in NEEDS_TORCH and importlib.util.find_spec("torch") is None:
         pytest.skip("the notebook compares with PyTorch, which is not installed")
     notebook = run(path)
