@@ -1,8 +1,9 @@
-"""How fast does a model of the 1.2B shape write on this machine's CPU, beside transformers?
+"""How fast does a model write on this machine's CPU, beside transformers? By default one of the 1.2B shape.
 
     python benchmarks/generation.py                        # everything, some forty minutes
     python benchmarks/generation.py first batch            # any of: first, batch, memory, machine
     python benchmarks/generation.py memory float32         # in float32, or in bfloat16, alone
+    python benchmarks/generation.py first batch float32 --preset llama-3.2-1b --rows 1 --prompts 512
 
 Needs the `parity` extra and 16 GB. Random weights, greedy, both sides through their `generate` with a cache,
 transformers at the chunk size its scan is fastest with, in float32 and bfloat16. Each contender is a process of its own
@@ -11,9 +12,9 @@ generation.json beside this file.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,13 +25,16 @@ from common import (
     machine,
     median_seconds,
     medians,
+    option_parser,
     save_results,
     use_cpu,
     weight_bytes,
 )
 from flax import nnx
 
-from zamba2_jax import decode_step, generate, init_model, prefill, preset
+from zamba2_jax import Zamba2Config, decode_step, generate, init_model, prefill, preset
+from zamba2_jax.models.registry import config_json
+from zamba2_jax.nn.config import ModelConfig
 from zamba2_jax.parity.ours import random_model
 
 PRESET = "zamba2-1.2b"
@@ -48,21 +52,19 @@ Task = tuple[int, int, int]
 """Rows, tokens of their prompts, new tokens."""
 
 
-def ours(dtype: str) -> Generate:
+def ours(name: str, dtype: str) -> Generate:
     """With our model of random weights."""
-    model = random_model(preset(PRESET), seed=0, dtype=dtype)
+    model = random_model(preset(name), seed=0, dtype=dtype)
     return lambda prompts, new: generate(model, prompts.tolist(), new, slots=len(prompts))
 
 
-def theirs(dtype: str) -> Generate:
+def theirs(name: str, dtype: str) -> Generate:
     """The same with transformers."""
     import torch
-    from transformers import Zamba2ForCausalLM
-
-    from zamba2_jax.parity.reference import reference_config
+    from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = Zamba2ForCausalLM(reference_config(preset(PRESET), TORCH_CHUNK))
+        model = AutoModelForCausalLM.from_config(their_config(preset(name)))
     model = model.to(getattr(torch, dtype)).to_empty(device="cpu").eval()
     model.tie_weights()
     with torch.no_grad():
@@ -80,13 +82,24 @@ def theirs(dtype: str) -> Generate:
     return run
 
 
-def task_runner(contender: str) -> Callable[[int, int, int], None]:
+def their_config(config: ModelConfig) -> Any:
+    """The architecture for transformers."""
+    from transformers import AutoConfig
+
+    from zamba2_jax.parity.reference import reference_config
+
+    if isinstance(config, Zamba2Config):
+        return reference_config(config, TORCH_CHUNK)
+    return AutoConfig.for_model(**config_json(config))
+
+
+def task_runner(contender: str, name: str) -> Callable[[int, int, int], None]:
     """What a contender's process does with a `Task`."""
     side, dtype = contender.split()
-    write = ours(dtype) if side == "ours" else theirs(dtype)
+    write = ours(name, dtype) if side == "ours" else theirs(name, dtype)
 
     def run(b: int, t: int, new: int) -> None:
-        write(np.random.default_rng(0).integers(3, preset(PRESET).vocab_size, (b, t)), new)
+        write(np.random.default_rng(0).integers(3, preset(name).vocab_size, (b, t)), new)
 
     return run
 
@@ -95,29 +108,39 @@ Pair = tuple[Contender, Contender]
 """Ours, and transformers."""
 
 
-def seconds(pair: Pair, tasks: list[Task]) -> np.ndarray:
+class Amount(NamedTuple):
+    """How much is measured: lengths of prompts, numbers of rows, and turns."""
+
+    prompts: Sequence[int]
+    rows: Sequence[int]
+    rounds: int
+
+
+def seconds(pair: Pair, tasks: list[Task], turns: int) -> np.ndarray:
     """Medians by task and contender, taken in turns, after one round to warm up."""
-    rounds = [[[contender(*task).seconds for contender in pair] for task in tasks] for _ in range(ROUNDS + 1)]
+    rounds = [[[contender(*task).seconds for contender in pair] for task in tasks] for _ in range(turns + 1)]
     return np.median(rounds[1:], axis=0)
 
 
-def first(pair: Pair) -> dict[str, list[float]]:
-    """Seconds to the first token, by the length of the prompt."""
-    found = seconds(pair, [(1, t, 1) for t in PROMPTS])
-    return {f"prompt of {t}: seconds to the first token": row.tolist() for t, row in zip(PROMPTS, found, strict=True)}
+def first(pair: Pair, amount: Amount) -> dict[str, list[float]]:
+    """Seconds to the first token of one row, by the length of the prompt."""
+    found = seconds(pair, [(1, t, 1) for t in amount.prompts], amount.rounds)
+    of_prompts = zip(amount.prompts, found, strict=True)
+    return {f"prompt of {t}: seconds to the first token": row.tolist() for t, row in of_prompts}
 
 
-def batch(pair: Pair) -> dict[str, list[float]]:
+def batch(pair: Pair, amount: Amount) -> dict[str, list[float]]:
     """Tokens per second after prompts of 32, by the number of rows."""
     result = {}
-    for b in BATCHES:
-        begin, end = seconds(pair, [(b, 32, 1), (b, 32, 1 + NEW_TOKENS)])
+    for b in amount.rows:
+        begin, end = seconds(pair, [(b, 32, 1), (b, 32, 1 + NEW_TOKENS)], amount.rounds)
         result[f"rows {b}: tokens per second"] = (b * NEW_TOKENS / (end - begin)).tolist()
     return result
 
 
-def memory(pair: Pair) -> dict[str, list[float]]:
+def memory(pair: Pair, amount: Amount) -> dict[str, list[float]]:
     """Peak of resident memory for one long prompt, the model included."""
+    del amount
     return {f"prompt of {LONG_PROMPT}: peak memory, GB": [side(1, LONG_PROMPT, 1).memory / 1e9 for side in pair]}
 
 
@@ -136,7 +159,7 @@ def limit() -> dict[str, float]:
 
     That is by the product of a vector and a matrix of 1 GiB, in turns with the rest.
     """
-    run, prompts = ours("float32"), np.arange(3, 35)[None]
+    run, prompts = ours(PRESET, "float32"), np.arange(3, 35)[None]
     once, every_call = weight_bytes(preset(PRESET), "float32")
     matrix, vector = jnp.ones((2**14, 2**14), jnp.float32), jnp.ones(2**14, jnp.float32)
     calls = {
@@ -166,21 +189,33 @@ def show(results: dict[str, dict[str, float]]) -> None:
 def main() -> None:
     """Runs the named tasks, or all, and writes what they found."""
     tasks = {task.__name__: task for task in (first, batch, memory)}
+    parser = option_parser(__doc__)
     words = (*tasks, "machine", *DTYPES)
-    if unknown := set(sys.argv[1:]) - set(words):
-        sys.exit(f"{', '.join(sorted(unknown))}: expected any of {', '.join(words)}")
-    asked = [dtype for dtype in DTYPES if dtype in sys.argv[1:]] or DTYPES
-    chosen = [word for word in sys.argv[1:] if word not in DTYPES] or [*tasks, "machine"]
+    parser.add_argument("words", nargs="*", metavar="WORD", help=f"any of {', '.join(words)}; all by default")
+    parser.add_argument("--preset", default=PRESET, help="the architecture, also of transformers")
+    parser.add_argument("--prompts", type=int, nargs="+", default=PROMPTS, help="lengths, of the task first")
+    parser.add_argument("--rows", type=int, nargs="+", default=BATCHES, help="of the task batch")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="turns of each contender")
+    options = parser.parse_args()
+    if unknown := set(options.words) - set(words):
+        parser.error(f"{', '.join(sorted(unknown))}: expected any of {', '.join(words)}")
+    asked = [dtype for dtype in DTYPES if dtype in options.words] or DTYPES
+    chosen = [word for word in options.words if word not in DTYPES] or [*tasks, "machine"]
+    amount = Amount(options.prompts, options.rows, options.rounds)
+    if min(*amount.prompts, *amount.rows, amount.rounds) < 1:
+        parser.error(f"{amount}: expected numbers >= 1")
     use_cpu()
-    results: dict[str, dict[str, Any]] = load_results(__file__)
+    saved: dict[str, Any] = load_results(__file__)
+    results: dict[str, dict[str, Any]] = saved if options.preset == PRESET else saved.setdefault(options.preset, {})
     results["measured on"] = machine("torch", "transformers")
     for dtype in asked if set(chosen) != {"machine"} else ():
-        pair = Contender(f"ours {dtype}", task_runner), Contender(f"transformers {dtype}", task_runner)
+        sides = (f"ours {dtype}", f"transformers {dtype}")
+        pair = Contender(sides[0], task_runner, options.preset), Contender(sides[1], task_runner, options.preset)
         for task in filter(tasks.__contains__, chosen):
-            for key, values in tasks[task](pair).items():
+            for key, values in tasks[task](pair, amount).items():
                 for contender, value in zip(pair, values, strict=True):
                     results.setdefault(contender.name, {})[key] = value
-            save_results(__file__, results)
+            save_results(__file__, saved)
         for contender in pair:
             contender.close()
         print(dtype, "is done", file=sys.stderr, flush=True)
@@ -189,7 +224,7 @@ def main() -> None:
         for key, value in (context() | limit()).items():
             print(f"{key}: {value:.2f}")
             results.setdefault("machine", {})[key] = value
-        save_results(__file__, results)
+        save_results(__file__, saved)
 
 
 if __name__ == "__main__":

@@ -22,3 +22,35 @@ def test_its_results_are_those_of_its_variants():
     results = json.loads((HEALTH / "results.json").read_text())
     assert list(results["collapse"]) == list(variants["COLLAPSE"])
     assert list(results["recipes"]) == list(variants["RECIPES"])
+
+
+CLAIM = Path(__file__).parents[1] / "experiments" / "claim"
+
+
+@pytest.mark.slow
+def test_the_experiment_on_the_claim_runs(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["run.py", "--quick", "--output", str(tmp_path)])
+    runpy.run_path(str(CLAIM / "run.py"), run_name="__main__")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results["counted"]) == {"zamba2-nano", "transformer-nano"}
+    (measured,) = results["measured"].values()
+    assert {"prompt of 32", "step of 1 x 32", "flops", "bandwidth"} == set(measured)
+    (compiled,) = results["compiled"].values()
+    assert compiled["tokens_per_second"] > 0
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_its_counts_are_those_by_hand():
+    count = runpy.run_path(str(CLAIM / "run.py"))["count"]
+    n, of = 4096 + 1000, count("mistral-7b-v0.1", 4096 + 1000)
+    layer = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336
+    met = 32 * layer + 32000 * 4096
+    assert (of.met, of.keys, of.stored) == (met, 4096 * 131072, 7241732096)
+    # A token sees itself and at most 4,095 before it.
+    seen = sum(min(i + 1, 4096) for i in range(n))
+    head = 2 * 32000 * 4096
+    assert of.causal == n * 2 * 32 * layer + head + 32 * 4 * 4096 * seen
+    assert of.dense == n * 2 * 32 * layer + head + 32 * 4 * 4096 * n * 4096
+    assert of.step == 2 * met + 32 * 4 * 4096 * 4096
+    saved = json.loads((CLAIM / "results.json").read_text())["counted"]["zamba2-7b"]["2048"]
+    assert saved == count("zamba2-7b", 2048)._asdict()

@@ -120,14 +120,14 @@ def submit(tmp_path):
 
 
 def test_the_batch_file_checks_and_then_trains(submit, parsed):
-    done, started = submit("run.toml", "directory=runs/with a space", "phases.0.steps=7")
+    done, started = submit("run.toml", "directory=runs/with a space", "phases.0.steps=7000")
     assert done.returncode == 0, done.stderr
     [check], [train] = map(zamba2_commands_of_srun, started)
     assert parsed(check).distributed
     command = parsed(train)
     config = check_run(command)
     assert command.distributed
-    assert (config.directory, config.phases[0].steps) == ("runs/with a space", 7)
+    assert (config.directory, config.phases[0].steps) == ("runs/with a space", 7000)
     assert (config.mesh.data, config.mesh.fsdp) == (2, 4)
 
 

@@ -41,6 +41,24 @@ def test_plans_for_eight_cpu_devices(tmp_path, capsys, monkeypatch):
         assert name in printed
 
 
+def test_plans_inference_and_ranks_meshes(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(PRESETS, "small", dataclasses.replace(SMALL, vocab_size=96))
+    path = tmp_path / "plan.json"
+    words = ["plan", "--preset", "small", "--topology", "cpu:2", "--batch", "2", "--seq", "12", "--json", str(path)]
+    assert main([*words, "--task", "decode", "--search"]) == 0
+    ranked = capsys.readouterr().out
+    found = json.loads(path.read_text())
+    assert list(found) == ["data=2 decode", "fsdp=2 decode", "tensor=2 decode"]
+    assert all(label in ranked for label in found)
+    alone, divided = found["data=2 decode"], found["fsdp=2 decode"]
+    assert alone["weights"] > divided["weights"]
+    assert alone["caches"] == divided["caches"]
+    assert main([*words, "--task", "prefill"]) == 0
+    printed = capsys.readouterr().out
+    for name in ("tensor=2 prefill", "weights", "caches", "bound by", "first token"):
+        assert name in printed
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -52,6 +70,11 @@ def test_plans_for_eight_cpu_devices(tmp_path, capsys, monkeypatch):
         (["--batch", "12"], "does not divide the batch, 12"),
         (["--microbatches", "3"], "--microbatches 3 does not divide --batch 16"),
         (["--json", "nowhere/at/all"], "there is no directory"),
+        (["--task", "decode", "--seq", "0"], "--seq 0: expected an integer >= 1"),
+        (["--task", "decode", "--remat", "layer"], "--remat layer: expected only with --task train"),
+        (["--task", "prefill", "--microbatches", "2"], "--microbatches 2: expected only with --task train"),
+        (["--task", "prefill"], "tensor=8 does not divide the Mamba heads, 6"),
+        (["--task", "prefill", "--mesh", "sequence=8"], "sequence=8: expected 1 for prefill"),
     ],
 )
 def test_wrong_options_are_named(capsys, words, message):

@@ -16,7 +16,7 @@ from zamba2_jax.lab import fitting
 from zamba2_jax.parallel.hosts import run_mesh
 from zamba2_jax.train.config import RunConfig, from_table
 from zamba2_jax.train.metrics import read_records
-from zamba2_jax.train.run import run
+from zamba2_jax.train.run import open_data, run
 from zamba2_jax.train.step import abstract_state
 
 QUIET = Console(quiet=True)
@@ -106,6 +106,13 @@ def test_runs_together_are_those_alone(base, single, threads, together):
     assert len(set(others)) == len(others)
 
 
+def test_a_run_over_a_mesh_is_that_on_one_device(home, single):
+    """Its gradient is summed over two halves of the batch."""
+    divided = _with(home, mesh={"data": 2}, learning_rate=3e-2)
+    (found,) = fit(divided, seeds=(1,), console=QUIET).outcomes
+    assert_same(found.records, single[0], rtol=2e-4)
+
+
 def test_a_run_that_diverges_stops_no_other(base, threads):
     """Its scale of the embedding makes the first loss infinite; one program trains it and the others."""
     wild = dataclasses.replace(base, init_scale={"embed": 1e30}, max_skipped=2)
@@ -142,6 +149,9 @@ def test_a_killed_sweep_goes_on_with_what_is_left(base, threads, home):
         fit(base, seeds=(0, 1), overrides=grid, directory=directory, together="turn", report=die, console=QUIET)
     assert finished
     (directory / "learning_rate=0.03" / "seed-0" / ".model.partial").mkdir()
+    begun = directory / "learning_rate=0.03" / "seed-1"
+    (begun / ".tokenizer.partial").mkdir(parents=True, exist_ok=True)
+    (begun / "config.json").unlink(missing_ok=True)
     kept = [path.stat().st_mtime_ns for path in sorted(directory.glob("learning_rate=0.01/*/*"))]
     trained = []
     result = fit(
@@ -179,7 +189,7 @@ def test_what_is_saved_is_loaded_with_what_each_model_needs(base, home):
     assert_same_parameters(found.model(), outcome.model(), atol=0)
     with pytest.raises(FileExistsError, match="is there already"):
         result.save(home / "saved")
-    rows = fitting.open_data(base, _tokenizer(base), 320, run_mesh(base.mesh)).held_out["unseen"]
+    rows = open_data(base, _tokenizer(base), 320, run_mesh(base.mesh)).held_out["unseen"]
     expected = necessity(outcome.model(), rows, select=("all.*",))
     measured = {part.part.name: part.increase for part in expected.silenced}
     names = {f"necessity.unseen.{name}": value for name, value in measured.items()}
@@ -219,7 +229,7 @@ def _with(home, **changes):
 
 
 def test_the_page_s_example_runs(monkeypatch, tmp_path):
-    """On a smaller model, for a few steps."""
+    """On a smaller model, for a few steps, evaluated on a batch of each source."""
     page = (Path(__file__).parents[2] / "docs" / "lab.md").read_text()
     code = page.split("```python\n")[1].split("```")[0]
     small = (
@@ -233,6 +243,12 @@ def test_the_page_s_example_runs(monkeypatch, tmp_path):
     ):
         assert old in code
         code = code.replace(old, new)
+
+    def open_a_little(*arguments):
+        data = open_data(*arguments)
+        return data._replace(held_out={name: rows[:1] for name, rows in data.held_out.items()})
+
+    monkeypatch.setattr(fitting, "open_data", open_a_little)
     monkeypatch.chdir(tmp_path)
     names = {}
     exec(code, names)

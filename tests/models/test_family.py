@@ -146,6 +146,8 @@ def test_it_trains_and_what_it_has_learnt_is_exported(config, tmp_path, step):
     assert load_hf(tmp_path / "model").config.num_layers == 2
 
 
-def test_it_is_planned(config, capsys):
-    assert main(["plan", "--preset", "test-gla-tiny", "--topology", "cpu:2", "--batch", "2", "--seq", "8"]) == 0
+@pytest.mark.parametrize("task", ["train", "decode"])
+def test_it_is_planned(config, capsys, task):
+    words = ["plan", "--preset", "test-gla-tiny", "--topology", "cpu:2", "--batch", "2", "--seq", "8", "--task", task]
+    assert main(words) == 0
     assert "tokens/s" in capsys.readouterr().out

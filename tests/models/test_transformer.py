@@ -273,6 +273,7 @@ PUBLISHED = {
     "mistral-7b-v0.1": (7.242, 131072),
     "mistral-7b-v0.3": (7.248, 131072),
     "phi-3-mini-shape": (3.821, 393216),
+    "gemma-7b-shape": (8.538, 458752),
 }
 
 

@@ -111,6 +111,57 @@ ENTRY %main (sums.1: f32[30], i.1: s32[], x.1: f32[1,10]) -> f32[3,10] {
     assert traffic(doubled).memory == (stack + row) + 4 + row
 
 
+PASSED_ON = "%rows = f32[500]{0} bitcast(%table)"
+
+
+def test_of_what_a_fusion_gathers_or_scatters_only_the_rows_count():
+    """As the TPU's compiler writes tokens into a cache, in place, and looks them up."""
+    module = """HloModule jit_h
+
+%looked_up (table: f32[50,10], at: s32[2]) -> f32[2,10] {
+  %table = f32[50,10]{1,0} parameter(0)
+  %at = s32[2]{0} parameter(1)
+  ROOT %rows = f32[2,10]{1,0} gather(%table, %at), offset_dims={1}
+}
+
+%last (old: f32[], new: f32[]) -> f32[] {
+  %old = f32[] parameter(0)
+  ROOT %new = f32[] parameter(1)
+}
+
+%written (cache: f32[50,10], at.1: s32[2], x: f32[2,10]) -> f32[50,10] {
+  %cache = f32[50,10]{1,0} parameter(0)
+  %at.1 = s32[2]{0} parameter(1)
+  %x = f32[2,10]{1,0} parameter(2)
+  ROOT %after = f32[50,10]{1,0} scatter(%cache, %at.1, %x), update_window_dims={1}, to_apply=%last
+}
+
+%outer (at.3: s32[2], table.2: f32[50,10]) -> f32[2,10] {
+  %at.3 = s32[2]{0} parameter(0)
+  %table.2 = f32[50,10]{1,0} parameter(1)
+  %rows.1 = f32[2,10]{1,0} fusion(%table.2, %at.3), kind=kLoop, calls=%looked_up
+  ROOT %twice = f32[2,10]{1,0} add(%rows.1, %rows.1)
+}
+
+ENTRY %main (table.1: f32[50,10], at.2: s32[2], cache.1: f32[50,10]) -> f32[50,10] {
+  %table.1 = f32[50,10]{1,0} parameter(0)
+  %at.2 = s32[2]{0} parameter(1)
+  %cache.1 = f32[50,10]{1,0} parameter(2)
+  %row = f32[2,10]{1,0} fusion(%table.1, %at.2), kind=kLoop, calls=%looked_up
+  ROOT %result = f32[50,10]{1,0} fusion(%cache.1, %at.2, %row), kind=kCustom, calls=%written
+}
+"""
+    rows, numbers = 4 * 2 * 10, 4 * 2
+    assert traffic(module).memory == (rows + numbers + rows) + (numbers + rows + rows)
+    in_another = module.replace(
+        "fusion(%table.1, %at.2), kind=kLoop, calls=%looked_up", "fusion(%at.2, %table.1), kind=kOutput, calls=%outer"
+    )
+    assert in_another != module
+    assert traffic(in_another) == traffic(module)
+    passed_on = in_another.replace("%rows = f32[2,10]{1,0} gather(%table, %at), offset_dims={1}", PASSED_ON)
+    assert traffic(passed_on).memory == traffic(module).memory + 4 * 50 * 10 - rows
+
+
 def test_the_forms_of_the_tpu_compiler():
     """Groups by the axes of a mesh, loops whose condition tells how often they run, one collective in two fusions."""
     condition = """%i.2 = s32[] get-tuple-element(%loop.1), index=0
@@ -133,9 +184,11 @@ def test_collectives_that_share_a_channel_are_all_counted():
     assert (found.collectives["collective-permute"], found.sent["collective-permute"]) == (3, 3 * 360)
 
 
-def test_loops_of_unknown_length_are_counted_once_and_named():
-    found = traffic(MODULE.replace(', backend_config={"known_trip_count":{"n":"5"}}', ""))
+def test_loops_of_unknown_length_are_counted_as_told_and_named():
+    unknown = MODULE.replace(', backend_config={"known_trip_count":{"n":"5"}}', "")
+    found = traffic(unknown)
     assert (found.collectives["reduce-scatter"], found.unknown_loops) == (1, 1)
+    assert traffic(unknown, unknown_trips=5) == traffic(MODULE)._replace(unknown_loops=1)
 
 
 def test_what_is_no_module_is_refused():

@@ -7,6 +7,7 @@ import math
 import os
 import secrets
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,8 @@ from zamba2_jax.models.tensors import Tensor
 from zamba2_jax.nn.config import ModelConfig
 from zamba2_jax.nn.parameter import named_parameters, with_values
 from zamba2_jax.parallel.mesh import check_mesh, parameter_sharding
+from zamba2_jax.storage.local import write_directory
+from zamba2_jax.storage.remote import is_remote
 from zamba2_jax.typing import DTypeLike, param_dtype
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -49,7 +52,8 @@ def load_hf(
     Beside the model, memory holds one parameter at a time, and a block of the file it comes from.
 
     Args:
-        source: a directory with config.json and safetensors, or the id of a repository on the Hugging Face hub.
+        source: a directory with config.json and safetensors, the URL of one in an object store, or the id of a
+            repository on the Hugging Face hub.
         dtype: compute dtype: matrices are cast to it, vectors to at least float32. By default every tensor keeps
             the dtype it is stored in (float64 only with jax_enable_x64).
         mesh: places every parameter on it by `zamba2_jax.parallel.mesh`; each device then reads only its slice.
@@ -98,11 +102,11 @@ def save_hf(
 ) -> None:
     """Writes config.json and safetensors in the current layout, which `transformers` and `load_hf` read.
 
-    The directory appears whole or not at all.
+    The directory appears whole or not at all; of one in an object store config.json is written last.
 
     Args:
         model: the model.
-        directory: must not exist, or be empty.
+        directory: must not exist, or be empty; or the URL of one in an object store.
         dtype: of every tensor written; that of each parameter by default. Parameters that one tensor holds together
             are written in the widest of their dtypes.
         max_shard_size: bytes per file; a larger model is split over several, with an index.
@@ -117,6 +121,10 @@ def save_hf(
     """
     if max_shard_size < 1:
         raise ValueError(f"max_shard_size={max_shard_size}: expected at least 1 byte")
+    if is_remote(directory):
+        local = partial(save_hf, model, dtype=dtype, max_shard_size=max_shard_size, time_step_min=time_step_min)
+        write_directory(directory, local, last="config.json")
+        return
     target = Path(directory).resolve()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} exists and is not an empty directory")

@@ -28,6 +28,7 @@ class Checkpoints:
         keep_last: int | None = None,
         keep_every: int | None = None,
         read_only: bool = False,
+        shared: bool = True,
     ):
         """Opens the directory, or makes it, and removes what was cut off.
 
@@ -36,6 +37,8 @@ class Checkpoints:
             keep_last: how many checkpoints to keep, all by default.
             keep_every: those whose step is a multiple of it are kept all the same.
             read_only: neither makes nor removes anything, for a look at a run that is going on.
+            shared: whether several processes share the directory; if not, each writes its own part of a checkpoint to
+                its own, in files that can be put together.
 
         Raises:
             OSError: the directory cannot be made, or is not there and should be.
@@ -51,7 +54,12 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,
             create=not read_only,
         )
-        handlers = {"state": ocp.StandardCheckpointHandler(), "note": ocp.JsonCheckpointHandler()}
+        hosts = ocp.options.MultiprocessingOptions(primary_host=0 if shared else None)
+        options.multiprocessing_options = hosts
+        handlers = {
+            "state": ocp.StandardCheckpointHandler(multiprocessing_options=hosts, use_ocdbt=shared),
+            "note": ocp.JsonCheckpointHandler(multiprocessing_options=hosts),
+        }
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     def __enter__(self) -> "Checkpoints":
@@ -69,9 +77,14 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     @property
-    def latest(self) -> Path:
+    def location(self) -> str:
+        """Where they are."""
+        return str(self.directory)
+
+    @property
+    def latest(self) -> str:
         """Where the last checkpoint is; there must be one."""
-        return self.directory / str(self.steps[-1])
+        return f"{self.location}/{self.steps[-1]}"
 
     def save(self, step: int, state: object, note: dict[str, Any]) -> None:
         """Writes a checkpoint in the background; the state's buffers are free when this returns.
@@ -85,7 +98,7 @@ class Checkpoints:
             OSError: this checkpoint, or one before, cannot be written; those before stay as they are.
         """
         items = ocp.args.Composite(state=ocp.args.StandardSave(named_arrays(state)), note=ocp.args.JsonSave(note))
-        with _failing_to_write():
+        with failing_to_write():
             self._manager.save(step, args=items)
 
     def wait(self) -> None:
@@ -94,7 +107,7 @@ class Checkpoints:
         Raises:
             OSError: as `save`.
         """
-        with _failing_to_write():
+        with failing_to_write():
             self._manager.wait_until_finished()
 
     def restore(self, step: int, like: Tree) -> tuple[Tree, dict[str, Any]]:
@@ -109,7 +122,7 @@ class Checkpoints:
             ValueError: it holds other arrays, all of which are listed, or cannot be read.
         """
         target = abstract_arrays(like)
-        check_stored(self._stored(step), target, self.directory / str(step))
+        check_stored(self._stored(step), target, f"{self.location}/{step}")
         items = ocp.args.Composite(state=ocp.args.StandardRestore(target), note=ocp.args.JsonRestore())
         restored = self._manager.restore(step, args=items)
         return with_arrays(like, restored["state"]), restored["note"]
@@ -121,7 +134,7 @@ class Checkpoints:
         """
         target = {f"{name}.{path}": array for path, array in abstract_arrays(like).items()}
         stored = {path: array for path, array in self._stored(step).items() if path.startswith(f"{name}.")}
-        check_stored(stored, target, self.directory / str(step))
+        check_stored(stored, target, f"{self.location}/{step}")
         arguments = ocp.args.PyTreeRestore(
             target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
         )
@@ -132,15 +145,16 @@ class Checkpoints:
     def _stored(self, step: int) -> Mapping[str, Any]:
         """What has the shape and the dtype of each array in a checkpoint."""
         if step not in self.steps:
-            raise FileNotFoundError(f"no checkpoint of step {step} in {self.directory}, which has {self.steps}")
+            raise FileNotFoundError(f"no checkpoint of step {step} in {self.location}, which has {self.steps}")
         stored = self._manager.item_metadata(step)["state"]
         if stored is None:
-            raise ValueError(f"{self.directory / str(step)} is not a checkpoint: expected a directory 'state' in it")
+            raise ValueError(f"{self.location}/{step} is not a checkpoint: expected a directory 'state' in it")
         return stored
 
 
 @contextlib.contextmanager
-def _failing_to_write() -> Iterator[None]:
+def failing_to_write() -> Iterator[None]:
+    """Has errors of Orbax and tensorstore be OSErrors."""
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:  # of tensorstore, a full disk is a ValueError

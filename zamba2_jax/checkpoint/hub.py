@@ -8,20 +8,24 @@ import huggingface_hub
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from zamba2_jax.storage.local import local_copy
+
 CHECKPOINT = ("*.json", "*.safetensors", "tokenizer*", "*.jinja")
 """The files of a checkpoint, as patterns."""
 
 
 def local_directory(source: str | os.PathLike[str], patterns: Sequence[str] = CHECKPOINT) -> Path:
-    """The directory of a checkpoint, fetched from the hub if `source` is a repository.
+    """The directory of a checkpoint, fetched from its object store or from the hub if it is not on this machine.
 
     Args:
-        source: a directory, or the id of a repository.
+        source: a directory, the URL of one in an object store, or the id of a repository.
         patterns: of the files to fetch.
 
     Raises:
         FileNotFoundError: there is no such directory or repository.
+        OSError: the store refuses, or cannot be reached.
     """
+    source = local_copy(source, patterns)
     if Path(source).is_dir():
         return Path(source)
     repository = os.fspath(source)

@@ -81,7 +81,7 @@ def abstract_arrays(tree: object) -> dict[str, jax.ShapeDtypeStruct]:
     }
 
 
-def check_stored(stored: Mapping[str, Any], target: Mapping[str, jax.ShapeDtypeStruct], path: Path) -> None:
+def check_stored(stored: Mapping[str, Any], target: Mapping[str, jax.ShapeDtypeStruct], path: Path | str) -> None:
     """Whether a checkpoint holds the arrays that are wanted.
 
     Args:

@@ -1,7 +1,6 @@
 """`zamba2 export`: a checkpoint of a run as a Hugging Face checkpoint."""
 
 import dataclasses
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -15,10 +14,10 @@ class Export:
     It holds the weights, the config and the tokenizer; `transformers` and `load_hf` read it. The run may be going on.
     """
 
-    directory: Annotated[Path, tyro.conf.arg(name="run")]
-    """Directory of the run."""
-    output: Path
-    """Directory to write: new or empty."""
+    directory: Annotated[str, tyro.conf.arg(name="run", metavar="PATH")]
+    """Directory of the run, local or the URL of one in an object store."""
+    output: Annotated[str, tyro.conf.arg(metavar="PATH")]
+    """Directory to write, new or empty, local or in an object store."""
     step: int | None = None
     """Which checkpoint, by its step; the last one by default."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import sys
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -15,6 +16,7 @@ from rich.console import Console
 
 from zamba2_jax.cli.options import Checkpoint, ModelOptions
 from zamba2_jax.cli.several import Several, values
+from zamba2_jax.storage.local import growing_file, local_copy
 
 if TYPE_CHECKING:
     from zamba2_jax.inference.jobs import Job
@@ -34,10 +36,10 @@ class Generate(ModelOptions):
 
     prompt: Annotated[Several[str], tyro.conf.arg(metavar="TEXT ...")] = ()
     """What the model is to continue."""
-    input: Path | None = None
-    """File of prompts in JSON lines; - is standard input."""
-    output: Path | None = None
-    """New file for results in JSON lines; standard output by default."""
+    input: Annotated[str | None, tyro.conf.arg(metavar="PATH")] = None
+    """File of prompts in JSON lines, local or the URL of one in an object store; - is standard input."""
+    output: Annotated[str | None, tyro.conf.arg(metavar="PATH")] = None
+    """New file for results in JSON lines, local or in an object store; standard output by default."""
     resume: bool = False
     """Go on with the output of a job that was broken off: prompts whose results are there are left out. A job of
     another model or other settings is refused."""
@@ -70,7 +72,12 @@ class Generate(ModelOptions):
         if self._prompts and self.output is None:
             self._print(checkpoint, jobs, tokenizer)
             return 0
-        return self._write(checkpoint, jobs, tokenizer)
+        if self.output is None:
+            return self._write(None, checkpoint, jobs, tokenizer)
+        from zamba2_jax.inference.jobs import settings_name
+
+        with growing_file(self.output, settings_name(os.path.basename(self.output))) as output:
+            return self._write(output, checkpoint, jobs, tokenizer)
 
     @property
     def _prompts(self) -> tuple[str, ...]:
@@ -121,9 +128,9 @@ class Generate(ModelOptions):
             )
 
         assert self.input is not None
-        if str(self.input) == "-":
+        if self.input == "-":
             return read(sys.stdin.buffer)
-        with self.input.open("rb") as file:
+        with Path(local_copy(self.input, ())).open("rb") as file:
             return read(file)
 
     def _print(self, checkpoint: Checkpoint, jobs: list[Job], tokenizer: Tokenizer | None) -> None:
@@ -169,8 +176,8 @@ class Generate(ModelOptions):
             logprobs=self.logprobs,
         )
 
-    def _write(self, checkpoint: Checkpoint, jobs: list[Job], tokenizer: Tokenizer | None) -> int:
-        """Writes results as they are done."""
+    def _write(self, output: Path | None, checkpoint: Checkpoint, jobs: list[Job], tokenizer: Tokenizer | None) -> int:
+        """Writes results as they are done, to a file of this machine or to standard output."""
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
         from zamba2_jax.inference.jobs import (
@@ -184,9 +191,9 @@ class Generate(ModelOptions):
         )
 
         finished: set[str | int] = set()
-        if self.output is not None:
-            finished = find_results(self.output, jobs, resume=self.resume)
-            check_settings(self.output, self._settings(checkpoint, jobs, tokenizer), finished)
+        if output is not None:
+            finished = find_results(output, jobs, resume=self.resume, name=self.output)
+            check_settings(output, self._settings(checkpoint, jobs, tokenizer), finished)
         left = [job for job in jobs if job.id not in finished]
         console = Console(stderr=True)
         visible = console.is_terminal and (self.output is not None or not sys.stdout.isatty())
@@ -197,7 +204,7 @@ class Generate(ModelOptions):
                     checkpoint.load(), jobs, tokenizer=tokenizer, slots=self.slots, capacity=self.capacity
                 )
                 with (
-                    nullcontext(sys.stdout.buffer) if self.output is None else open_results(self.output) as file,
+                    nullcontext(sys.stdout.buffer) if output is None else open_results(output) as file,
                     Progress(*columns, console=console, disable=not visible) as progress,
                 ):
                     bar = progress.add_task("", total=len(jobs), completed=len(finished))

@@ -1,8 +1,10 @@
-"""`zamba2 plan`: what a training step takes on chips that are not there."""
+"""`zamba2 plan`: what training and inference take on chips that are not there."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -17,15 +19,18 @@ from zamba2_jax.models.registry import preset
 
 if TYPE_CHECKING:
     from zamba2_jax.plan.chips import Slice
-    from zamba2_jax.plan.estimate import Estimate, Job
+    from zamba2_jax.plan.estimate import Bounds
+
+    Planned = tuple[str, Callable[[], Bounds]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Compile the training step for a slice of TPUs, without the TPUs, and say what it takes.
+    """Compile a training step, prefill or a decode step for a slice of TPUs, without the TPUs, and say what it takes.
 
     Prints memory per chip, operations, bytes moved in memory and between chips, the time each of them takes at least
-    and which is the longest. Exits with 1 if the step does not fit. TPU topologies need the extra `tpu`, and minutes.
+    and which is the longest: a bound from the compiler's program, not a measurement. Exits with 1 if the program does
+    not fit. TPU topologies need the extra `tpu`, and minutes.
     """
 
     preset: str
@@ -34,25 +39,28 @@ class Plan:
     """Chip and shape of the slice, as v5e:16x16, v5p:4x4x4 or v6e:8x8; cpu:8 for eight CPU devices."""
     batch: int
     """Rows of a step, on all chips together."""
+    task: Literal["train", "prefill", "decode"] = "train"
+    """A training step; prompts of --seq tokens taken into empty caches; or one more token in every row, with which its
+    cache holds --seq tokens."""
     seq: int = 4096
     """Tokens per row."""
     mesh: Annotated[str, tyro.conf.arg(metavar="AXIS=SIZE,...")] = ""
-    """Sizes of data, fsdp, tensor and sequence; all chips in fsdp by default."""
-    remat: Remat = "layer"
-    """What the forward pass keeps for the backward one."""
-    microbatches: int = 1
-    """Parts of the batch run one after the other."""
+    """Sizes of data, fsdp, tensor and sequence; by default all chips in fsdp for training, else in tensor."""
+    remat: Remat | None = None
+    """What the forward pass of training keeps for the backward one; "layer" by default."""
+    microbatches: int | None = None
+    """Parts of the batch of training, run one after the other; 1 by default."""
     compute_dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of matrices and activations; the state is float32."""
+    """Of matrices and activations, and for inference of the weights; the state of training is float32."""
     scan: Implementation | None = None
     """Implementation of the scan; by default the kernels that would run."""
     search: bool = False
-    """Try meshes and remat policies and rank those that fit; --mesh and --remat are not read."""
+    """Try meshes, and for training remat policies, and rank those that fit; --mesh and --remat are not read."""
     json: Path | None = None
     """Also write every number to this file."""
 
     def run(self) -> int:
-        """Compiles and prints; 0 if the step fits, else 1.
+        """Compiles and prints; 0 if the program fits, else 1.
 
         Raises:
             ValueError: an option is not valid, or the extra `tpu` is not installed.
@@ -60,18 +68,17 @@ class Plan:
         import jax
 
         from zamba2_jax.plan.chips import describe_slice
-        from zamba2_jax.plan.search import candidates
 
         check_json_option(self.json)
-        job = self._job()
+        planned = self._training() if self.task == "train" else self._inference()
         jax.config.update("jax_platforms", "cpu")  # nothing runs: an accelerator that is there stays free
         slice = describe_slice(self.topology)
+        if not self.topology.startswith("cpu:"):  # JAX cannot read programs back without the chips
+            jax.config.update("jax_enable_compilation_cache", False)
         console = table_console()
-        tried = candidates(job, slice) if self.search else [(job, _sizes(self.mesh, len(slice.devices)))]
         found = {}
-        for each, sizes in tried:
-            label = f"{_name(sizes)} remat={each.step.remat}"
-            result = _try(each, slice, sizes, label, console)
+        for label, compile in planned(slice):
+            result = _try(compile, label, console)
             if result is not None:
                 found[label] = result
         fitting = {label: result for label, result in found.items() if result.free >= 0}
@@ -79,47 +86,93 @@ class Plan:
             console.print(_ranking(fitting))
         else:
             for label, result in found.items():
-                console.print(_details(label, result))
+                console.print(_details(label, result, self._rows()))
         if self.json is not None:
             numbers = {label: dataclasses.asdict(result) for label, result in found.items()}
             write_json(self.json, numbers)
         return 0 if fitting else 1
 
-    def _job(self) -> Job:
-        from zamba2_jax.plan.estimate import Job
+    def _training(self) -> Callable[[Slice], Iterator[Planned]]:
+        """Checks the options of a training step; what to compile for it on a slice."""
+        from zamba2_jax.plan.estimate import Job, estimate
+        from zamba2_jax.plan.search import candidates
         from zamba2_jax.train.step import StepConfig
 
-        for name in ("batch", "seq"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: expected an integer >= 1")
-        if self.batch % self.microbatches:
-            raise ValueError(f"--microbatches {self.microbatches} does not divide --batch {self.batch}")
+        self._check_sizes()
+        microbatches = 1 if self.microbatches is None else self.microbatches
+        if self.batch % microbatches:
+            raise ValueError(f"--microbatches {microbatches} does not divide --batch {self.batch}")
         step = StepConfig(
-            microbatches=self.microbatches,
-            remat=self.remat,
-            compute_dtype=self.compute_dtype,
+            microbatches=microbatches, remat=self.remat or "layer", compute_dtype=self.compute_dtype, scan=self.scan
+        )
+        job = Job(config=preset(self.preset), batch=self.batch, length=self.seq, step=step)
+
+        def planned(slice: Slice) -> Iterator[Planned]:
+            tried = candidates(job, slice) if self.search else [(job, self._mesh_sizes(slice, "fsdp"))]
+            for each, sizes in tried:
+                yield f"{_name(sizes)} remat={each.step.remat}", partial(estimate, each, slice, sizes)
+
+        return planned
+
+    def _inference(self) -> Callable[[Slice], Iterator[Planned]]:
+        """The same of prefill or a decode step."""
+        from zamba2_jax.plan.inference import InferenceJob, estimate_inference
+        from zamba2_jax.plan.search import inference_candidates
+
+        assert self.task != "train"
+        self._check_sizes()
+        for name in ("remat", "microbatches"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"--{name} {getattr(self, name)}: expected only with --task train")
+        job = InferenceJob(
+            task=self.task,
+            config=preset(self.preset),
+            batch=self.batch,
+            length=self.seq,
+            dtype=self.compute_dtype,
             scan=self.scan,
         )
-        return Job(config=preset(self.preset), batch=self.batch, length=self.seq, step=step)
+
+        def planned(slice: Slice) -> Iterator[Planned]:
+            tried = inference_candidates(job, slice) if self.search else [self._mesh_sizes(slice, "tensor")]
+            for sizes in tried:
+                yield f"{_name(sizes)} {self.task}", partial(estimate_inference, job, slice, sizes)
+
+        return planned
+
+    def _check_sizes(self) -> None:
+        for name in ("batch", "seq", "microbatches"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} {value}: expected an integer >= 1")
+
+    def _mesh_sizes(self, slice: Slice, default: str) -> dict[str, int]:
+        return _sizes(self.mesh) if self.mesh else {default: len(slice.devices)}
+
+    def _rows(self) -> Callable[[Bounds], dict[str, str]]:
+        """What the longest of the times means for the task."""
+        if self.task == "prefill":
+            return lambda of: {"first token": f"after {of.seconds:.3g} s at best, of all {self.batch} rows"}
+        if self.task == "decode":
+            return lambda of: {"generation": f"{1 / of.seconds:.3g} tokens/s of a row at best"}
+        return lambda of: {"utilisation": f"{of.utilisation:.0%} of the peak at best"}
 
 
-def _try(job: Job, slice: Slice, sizes: dict[str, int], label: str, console: Console) -> Estimate | None:
-    from zamba2_jax.plan.estimate import DoesNotFitError, estimate
+def _try(compile: Callable[[], Bounds], label: str, console: Console) -> Bounds | None:
+    from zamba2_jax.plan.estimate import DoesNotFitError
 
     try:
         with console.status(f"compiling {label}"):
-            return estimate(job, slice, sizes)
+            return compile()
     except DoesNotFitError as error:
         console.print(f"{label}: does not fit: {error}", markup=False, highlight=False, soft_wrap=True)
         return None
 
 
-def _sizes(text: str, chips: int) -> dict[str, int]:
+def _sizes(text: str) -> dict[str, int]:
     """The sizes of the mesh's axes."""
     from zamba2_jax.parallel.mesh import MESH_AXES
 
-    if not text:
-        return {"fsdp": chips}
     sizes = {}
     for part in text.split(","):
         axis, _, size = part.partition("=")
@@ -133,11 +186,10 @@ def _name(sizes: dict[str, int]) -> str:
     return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "one chip"
 
 
-def _details(label: str, of: Estimate) -> Table:
+def _details(label: str, of: Bounds, task_rows: Callable[[Bounds], dict[str, str]]) -> Table:
     table = Table(title=label, show_header=False, title_justify="left")
     rows = {
-        "parameters": f"{of.parameters / 1e9:.2f} GB",
-        "optimizer": f"{of.optimizer / 1e9:.2f} GB",
+        **{name: f"{size / 1e9:.2f} GB" for name, size in of.stays.items()},
         "temporaries": f"{of.temporaries / 1e9:.2f} GB",
         "free": f"{of.free / 1e9:.2f} GB of {of.memory / 1e9:g} GB, {of.free / of.memory:.0%}",
         "operations": f"{of.flops / 1e12:.3g} TFLOP, {of.compute:.3g} s",
@@ -147,16 +199,16 @@ def _details(label: str, of: Estimate) -> Table:
     for kind, volume in of.traffic.sent.items():
         rows[f"  {kind}"] = f"{volume / 1e9:.3g} GB in {of.traffic.collectives[kind]} calls"
     rows["bound by"] = f"{of.bound}: {of.seconds:.3g} s, {of.tokens_per_second:,.0f} tokens/s at best"
-    rows["utilisation"] = f"{of.utilisation:.0%} of the peak at best"
+    rows |= task_rows(of)
     if of.traffic.unknown_loops:
-        rows["loops"] = f"{of.traffic.unknown_loops} of unknown length, counted as one pass each"
+        rows["loops"] = f"{of.traffic.unknown_loops} of unknown length, counted as {of.unknown_trips} turns each"
     rows["compile time"] = f"{of.compile_time:.0f} s"
     for name, value in rows.items():
         table.add_row(name, value)
     return table
 
 
-def _ranking(found: dict[str, Estimate]) -> Table:
+def _ranking(found: dict[str, Bounds]) -> Table:
     table = Table("mesh", "free", "bound by", "seconds", "tokens/s", "utilisation")
     for label, of in sorted(found.items(), key=lambda item: item[1].seconds):
         free = f"{of.free / of.memory:.0%}"

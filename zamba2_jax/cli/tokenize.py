@@ -22,8 +22,8 @@ class Tokenize:
 
     input: Annotated[Several[Path], tyro.conf.arg(metavar="PATH ...")]
     """Files, or directories of which all such files are read."""
-    output: Path
-    """Directory to write: new or empty."""
+    output: Annotated[str, tyro.conf.arg(metavar="PATH")]
+    """Directory to write, new or empty, local or the URL of one in an object store."""
     tokenizer: Annotated[str, tyro.conf.arg(metavar="PATH_OR_REPO")]
     """A tokenizer.json, a sentencepiece model, a directory that holds one, or a name on the Hugging Face hub."""
     processes: int = os.cpu_count() or 1

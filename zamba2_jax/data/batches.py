@@ -25,6 +25,9 @@ WINDOW = 4096
 READ = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
 """Threads that read ahead, and batches that they keep ready."""
 
+READ_FAR = grain.ReadOptions(num_threads=32, prefetch_buffer_size=32)
+"""The same where a source is in an object store, and threads wait for it."""
+
 
 @struct.dataclass
 class Batch:
@@ -210,7 +213,8 @@ def batches(
         Shares(list(taken.values())),
     )
     by_host = rows.batch(batch_size // host_count, drop_remainder=True, batch_fn=_stack)
-    return by_host[host_index::host_count].to_iter_dataset(READ)
+    far = any(isinstance(source, Documents) and source.far for source in map(sources.get, taken))
+    return by_host[host_index::host_count].to_iter_dataset(READ_FAR if far else READ)
 
 
 def held_out(

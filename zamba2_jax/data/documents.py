@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 
+from zamba2_jax.data.remote_tokens import Offsets
+
 
 @dataclasses.dataclass(frozen=True)
 class Documents:
@@ -12,14 +14,16 @@ class Documents:
 
     Attributes:
         offsets: where each document begins, and last where the last one ends, in tokens, int64 [documents + 1]. It may
-            be a map of a file.
+            be a map of a file, or read from an object store.
         read: the tokens from one place to another, both within one document or at its ends, int32.
         text_bytes: of the texts that the tokens stand for, in UTF-8; None where that is not known.
+        far: whether reading may wait for a network, so that many threads are to read at a time.
     """
 
-    offsets: np.ndarray
+    offsets: Offsets
     read: Callable[[int, int], np.ndarray]
     text_bytes: int | None = None
+    far: bool = False
 
     @property
     def tokens(self) -> int:

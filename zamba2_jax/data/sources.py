@@ -6,6 +6,7 @@ import dataclasses
 import gzip
 import io
 import json
+import re
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -69,7 +70,8 @@ class SourceConfig:
         special_tokens: whether names of special tokens in a text become these tokens; else they stay text.
 
     Raises:
-        ValueError: the kind is unknown, or has no path, or takes none, or is "tokens" and says how to tokenize.
+        ValueError: the kind is unknown, or has no path, or takes none, or is of texts in an object store, or is
+            "tokens" and says how to tokenize.
     """
 
     kind: Kind
@@ -87,11 +89,16 @@ class SourceConfig:
                 f"source kind={self.kind!r} with path={self.path!r}: expected "
                 f"{'none' if self.kind in EMBEDDED else 'a file or a directory'}"
             )
+        if self.kind != "tokens" and self.path is not None:
+            _require_here(self.path)
         for name in ("bos", "eos", "special_tokens"):
             if self.kind == "tokens" and getattr(self, name) not in (None, False):
                 raise ValueError(
                     f"source kind='tokens' with {name}={getattr(self, name)!r}: expected none, it is tokenized already"
                 )
+
+
+_URL = re.compile(r"\w+:/")  # with the one slash that is left of a URL in a Path
 
 
 class Text(NamedTuple):
@@ -132,7 +139,7 @@ def open_documents(
     """
     if config.kind == "tokens":
         backend = None if tokenizer is None else tokenizer.backend
-        return open_token_files(Path(str(config.path)), backend, vocab_size=vocab_size)
+        return open_token_files(str(config.path), backend, vocab_size=vocab_size)
     if tokenizer is None:
         raise ValueError(f"a source of kind {config.kind!r} takes a tokenizer")
     size = size_of(config)
@@ -292,7 +299,13 @@ def _name_skipped(directory: Path, kinds: Sequence[str], field: str) -> None:
         warnings.warn(f"{directory}: {listed}: not read as {' or '.join(kinds)}", stacklevel=3)
 
 
+def _require_here(path: str) -> None:
+    if _URL.match(path):
+        raise ValueError(f"{path}: texts are read from this machine: expected a local path")
+
+
 def _require(path: Path) -> None:
+    _require_here(str(path))
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or directory")
 

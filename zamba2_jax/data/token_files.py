@@ -6,12 +6,17 @@ A directory holds
 - offsets.bin: where each document begins, and last where the last one ends, in tokens, int64, little-endian;
 - tokens-00000.array_record and on: documents end to end, cut into records of `RECORD_TOKENS` tokens without regard to
   where documents end, so that a piece of a long document is read as fast as a short one. A document lies in one shard.
+  Records are not compressed, so that one can be read alone from an object store;
+- windows.bin: where each `WINDOW`-th document begins, so that a large index need not be read to be opened.
+
+The manifest is written last.
 """
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,9 +26,12 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from grain.sources import ArrayRecordDataSource
 from tokenizers import Tokenizer
 
+from zamba2_jax.data.batches import WINDOW
 from zamba2_jax.data.documents import Documents
+from zamba2_jax.data.remote_tokens import Records, RemoteFile, RemoteOffsets, RemoteRecords
+from zamba2_jax.storage.remote import RemoteDirectory, is_remote
 
-MANIFEST, OFFSETS = "manifest.json", "offsets.bin"
+MANIFEST, OFFSETS, WINDOWS = "manifest.json", "offsets.bin", "windows.bin"
 FORMAT = "zamba2-tokens-1"
 RECORD_TOKENS = 8192
 OPENING_THREADS = 32
@@ -104,9 +112,11 @@ def write_token_files(
     dtype = "<u2" if max(tokenizer.get_vocab().values()) < 2**16 else "<u4"  # ids may have gaps
     shards: list[Shard] = []
     writer, end = None, 0
-    with (directory / OFFSETS).open("wb") as offsets:
+    with (directory / OFFSETS).open("wb") as offsets, (directory / WINDOWS).open("wb") as windows:
         offsets.write(np.array(end, "<i8").tobytes())
-        for document in documents:
+        for number, document in enumerate(documents):
+            if number % WINDOW == 0:
+                windows.write(np.array(end, "<i8").tobytes())
             writer = writer or _ShardWriter(directory / f"tokens-{len(shards):05d}.array_record", dtype)
             writer.add(document)
             end += len(document)
@@ -130,50 +140,119 @@ def write_token_files(
     return manifest
 
 
-def open_token_files(directory: Path, tokenizer: Tokenizer | None, *, vocab_size: int) -> Documents:
+def open_token_files(directory: str | os.PathLike[str], tokenizer: Tokenizer | None, *, vocab_size: int) -> Documents:
     """The documents of a directory that `write_token_files` filled; tokens are read when they are asked for.
 
     Args:
-        directory: what it holds is checked as far as that takes no reading of tokens.
+        directory: local or the URL of one in an object store; what it holds is checked as far as that takes no reading
+            of tokens.
         tokenizer: must have the vocabulary of the one that made the tokens; None accepts any.
         vocab_size: of the model.
 
     Raises:
         ValueError: the manifest is none, a file is missing, truncated or not what the manifest says, the tokenizer is
             another one, or a token is not in the model's vocabulary; the message names the file.
-        OSError: there is no such directory, or no manifest in it.
+        OSError: there is no such directory, or no manifest in it; or the store refuses, or cannot be reached.
     """
-    manifest = read_manifest(directory)
+    far, place = is_remote(directory), os.fspath(directory)
+    files = _RemoteFiles(RemoteDirectory(place)) if far else _LocalFiles(Path(place))
+    manifest = files.manifest()
     if tokenizer is not None and fingerprint(tokenizer) != manifest.tokenizer:
         raise ValueError(
             f"{directory}: made by another tokenizer, of {manifest.vocab_size} tokens; "
             f"expected the one given, of {tokenizer.get_vocab_size()}"
         )
     for shard in manifest.shards:
-        _check_size(directory / shard.file, shard.bytes)
-    _check_size(directory / OFFSETS, 8 * (manifest.documents + 1))
-    tokens = _Tokens(directory, manifest)
+        _check_size(files, shard.file, shard.bytes)
+    _check_size(files, OFFSETS, 8 * (manifest.documents + 1))
+    with ThreadPoolExecutor(OPENING_THREADS) as executor:
+        records = list(executor.map(lambda shard: files.records(shard, manifest), manifest.shards))
+    tokens = _Tokens(manifest, records, str(directory))
     tokens.check_ids(vocab_size)
-    offsets = np.memmap(directory / OFFSETS, dtype="<i8", mode="r")
+    offsets = files.offsets(manifest)
     if (offsets[0], offsets[-1]) != (0, manifest.tokens):
         raise ValueError(
-            f"{directory / OFFSETS}: from {offsets[0]} to {offsets[-1]}: expected 0 to {manifest.tokens} tokens"
+            f"{directory}/{OFFSETS}: from {offsets[0]} to {offsets[-1]}: expected 0 to {manifest.tokens} tokens"
         )
-    return Documents(offsets, tokens.read, manifest.text_bytes)
+    return Documents(offsets, tokens.read, manifest.text_bytes, far=far)
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """The manifest of a directory of token files.
+    """The manifest of a local directory of token files.
 
     Raises:
         ValueError: it is not one, or of another format.
         OSError: it cannot be read.
     """
-    path = directory / MANIFEST
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: expected a directory that `zamba2 tokenize` wrote")
+    return _LocalFiles(directory).manifest()
+
+
+class _LocalFiles:
+    """The files of a directory of this machine."""
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+
+    def manifest(self) -> Manifest:
+        path = self.directory / MANIFEST
+        if not path.is_file():
+            raise _no_manifest(path)
+        return _parse_manifest(path.read_bytes(), path)
+
+    def size(self, name: str) -> int | None:
+        path = self.directory / name
+        return path.stat().st_size if path.is_file() else None
+
+    def records(self, shard: Shard, manifest: Manifest) -> Records:
+        path = self.directory / shard.file
+        try:
+            records = ArrayRecordDataSource(str(path))
+        except RuntimeError as error:
+            raise ValueError(f"{path} is no ArrayRecord file: {error}") from error
+        if len(records) != shard.records:
+            raise ValueError(f"{path}: {len(records)} records, expected {shard.records}")
+        return records
+
+    def offsets(self, manifest: Manifest) -> np.ndarray:
+        return np.memmap(self.directory / OFFSETS, dtype="<i8", mode="r")
+
+
+class _RemoteFiles:
+    """The files of a directory in an object store."""
+
+    def __init__(self, directory: RemoteDirectory):
+        self.directory, self._sizes = directory, directory.sizes()
+
+    def manifest(self) -> Manifest:
+        path = f"{self.directory}/{MANIFEST}"
+        if MANIFEST not in self._sizes:
+            raise _no_manifest(path)
+        content = self.directory.read(MANIFEST)
+        self._version = hashlib.sha256(content).hexdigest()
+        return _parse_manifest(content, path)
+
+    def size(self, name: str) -> int | None:
+        return self._sizes.get(name)
+
+    def records(self, shard: Shard, manifest: Manifest) -> Records:
+        width = np.dtype(manifest.dtype).itemsize
+        return RemoteRecords(self._file(shard.file), RECORD_TOKENS * width, shard.tokens * width)
+
+    def offsets(self, manifest: Manifest) -> RemoteOffsets:
+        _check_size(self, WINDOWS, 8 * -(-manifest.documents // WINDOW))
+        return RemoteOffsets(self._file(OFFSETS), WINDOW, self._file(WINDOWS))
+
+    def _file(self, name: str) -> RemoteFile:
+        return RemoteFile(self.directory, self._version, name, self._sizes[name])
+
+
+def _no_manifest(path: Path | str) -> FileNotFoundError:
+    return FileNotFoundError(f"{path} is missing: expected a directory that `zamba2 tokenize` wrote")
+
+
+def _parse_manifest(content: bytes, path: Path | str) -> Manifest:
     try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        values: dict[str, Any] = json.loads(content)
         written = values.pop("format")
         if written != FORMAT:
             raise ValueError(f"its format is {written!r}: expected {FORMAT!r}")
@@ -188,7 +267,7 @@ class _ShardWriter:
 
     def __init__(self, path: Path, dtype: str):
         self._path, self._dtype = path, dtype
-        self._file = ArrayRecordWriter(str(path), "group_size:1")
+        self._file = ArrayRecordWriter(str(path), "group_size:1,uncompressed")
         self._rest = np.empty(0, dtype)
         self._documents = self.tokens = self._largest_id = 0
 
@@ -221,12 +300,10 @@ class _ShardWriter:
 class _Tokens:
     """The tokens of all shards by their place in the whole."""
 
-    def __init__(self, directory: Path, manifest: Manifest):
-        self._paths = [directory / shard.file for shard in manifest.shards]
-        self._shards, self._dtype = manifest.shards, manifest.dtype
+    def __init__(self, manifest: Manifest, records: Sequence[Records], directory: str):
+        self._paths = [f"{directory}/{shard.file}" for shard in manifest.shards]
+        self._shards, self._dtype, self._records = manifest.shards, manifest.dtype, records
         self._begins = np.cumsum([0, *(shard.tokens for shard in self._shards)])
-        with ThreadPoolExecutor(OPENING_THREADS) as executor:
-            self._records = list(executor.map(_open_records, self._paths, self._shards))
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """The tokens from `start` to `stop`, both in one shard or at its ends."""
@@ -255,18 +332,9 @@ class _Tokens:
             raise ValueError(f"{self._paths[shard]}, record {index}: cannot be read: {error}") from error
 
 
-def _open_records(path: Path, shard: Shard) -> ArrayRecordDataSource:
-    try:
-        records = ArrayRecordDataSource(str(path))
-    except RuntimeError as error:
-        raise ValueError(f"{path} is no ArrayRecord file: {error}") from error
-    if len(records) != shard.records:
-        raise ValueError(f"{path}: {len(records)} records, expected {shard.records}")
-    return records
-
-
-def _check_size(path: Path, size: int) -> None:
-    if not path.is_file():
+def _check_size(files: _LocalFiles | _RemoteFiles, name: str, size: int) -> None:
+    path, found = f"{files.directory}/{name}", files.size(name)
+    if found is None:
         raise ValueError(f"{path} is missing: expected a file of {size} bytes")
-    if path.stat().st_size != size:
-        raise ValueError(f"{path}: {path.stat().st_size} bytes, expected {size}: it is truncated, or was changed")
+    if found != size:
+        raise ValueError(f"{path}: {found} bytes, expected {size}: it is truncated, or was changed")

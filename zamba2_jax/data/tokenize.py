@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from zamba2_jax.data.sources import Progress, SourceConfig, Text, chunks, read_texts
-from zamba2_jax.data.token_files import Manifest, write_token_files
-from zamba2_jax.files import write_directory_atomically
+from zamba2_jax.data.token_files import MANIFEST, Manifest, write_token_files
+from zamba2_jax.storage.local import check_new, write_directory
 from zamba2_jax.text.frame import Frame, encode_documents, frame_of
 from zamba2_jax.text.tokenizer import Tokenizer, load_tokenizer
 from zamba2_jax.text.vocabulary import copy_tokenizer
@@ -28,7 +28,7 @@ _tokenizer: Tokenizer | None = None
 
 def tokenize(
     sources: Sequence[SourceConfig],
-    output: Path,
+    output: str | os.PathLike[str],
     tokenizer: str | os.PathLike[str],
     *,
     processes: int,
@@ -42,7 +42,8 @@ def tokenize(
 
     Args:
         sources: of texts.
-        output: directory to write.
+        output: directory to write, local or the URL of one in an object store, which is filled on
+            this machine first, and there its manifest last.
         tokenizer: to tokenise with, as for `load_tokenizer`; it is copied beside the tokens.
         processes: that tokenise; reading and writing take one more.
         shard_tokens: as in `write_token_files`.
@@ -55,6 +56,7 @@ def tokenize(
     for name, value in (("processes", processes), ("shard_tokens", shard_tokens)):
         if value < 1:
             raise ValueError(f"{name}={value}: expected an integer >= 1")
+    check_new(output)
     loaded = load_tokenizer(tokenizer)
     framed = [(source, frame_of(loaded, source.bos, source.eos)) for source in sources]
     text_bytes = 0
@@ -83,7 +85,7 @@ def tokenize(
         copy_tokenizer(tokenizer, directory)
         return manifest
 
-    return write_directory_atomically(output, write)
+    return write_directory(output, write, last=MANIFEST)
 
 
 class _Task(NamedTuple):

@@ -65,14 +65,15 @@ def prefill(
     return _prefill(model, tokens, lengths, cache, tap=tap, backend=backend)
 
 
-def _take_in(
+def take_in(
     model: LanguageModel,
-    tokens: Array,
-    lengths: Array | None,
+    tokens: Int[Array, "b t"],
+    lengths: Int[Array, " b"] | None,
     cache: Cache,
     tap: Tap = NO_TAP,
     backend: Backend | None = None,
-) -> tuple[Array, Cache]:
+) -> tuple[Float[Array, "b v"], Cache]:
+    """`prefill` to be traced, without its checks, its arguments all there."""
     b, t = tokens.shape
     lengths = jnp.full(b, t) if lengths is None else jnp.asarray(lengths)
     padding = (jnp.arange(t) < lengths[:, None]).astype(jnp.int32)
@@ -83,9 +84,9 @@ def _take_in(
     return _nan_where_full(tap.edits()("logits", model.logits(last, backend=backend)), after), after
 
 
-_prefill = jax.jit(_take_in, static_argnames=("tap", "backend"))
-prefill_donated = jax.jit(_take_in, static_argnames=("tap", "backend"), donate_argnames="cache", compiler_options=APART)
-"""`prefill` without its checks, its arguments all there, which takes the cache's memory for the one it returns."""
+_prefill = jax.jit(take_in, static_argnames=("tap", "backend"))
+prefill_donated = jax.jit(take_in, static_argnames=("tap", "backend"), donate_argnames="cache", compiler_options=APART)
+"""`take_in`, compiled, which takes the cache's memory for the one it returns."""
 
 
 @partial(jax.jit, static_argnames=("tap", "backend"))

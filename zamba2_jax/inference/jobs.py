@@ -179,6 +179,11 @@ def settings_of(jobs: Sequence[Job], **job: Any) -> dict[str, Any]:
     return {"job": json.loads(json.dumps(job)), "lines": [[job.id, dict(job.own)] for job in jobs]}
 
 
+def settings_name(results: str) -> str:
+    """The name of the file beside one of results that says what these were made with."""
+    return f"{results}.settings.json"
+
+
 def check_settings(path: Path, settings: Mapping[str, Any], done: set[str | int]) -> None:
     """Whether the results in a file were made as `settings` say; writes these beside a file without results.
 
@@ -191,7 +196,7 @@ def check_settings(path: Path, settings: Mapping[str, Any], done: set[str | int]
         ValueError: they were made otherwise; all differences are named.
         FileNotFoundError: nothing beside the file says how they were made.
     """
-    file = path.with_name(f"{path.name}.settings.json")
+    file = path.with_name(settings_name(path.name))
     if not done:
         write_json(file, settings)
         return
@@ -226,8 +231,14 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]
     return [f"{key}: {a!r} before, {b!r} now" for key, (a, b) in pairs.items() if identity(a) != identity(b)]
 
 
-def find_results(path: Path, jobs: Sequence[Job], *, resume: bool) -> set[str | int]:
+def find_results(path: Path, jobs: Sequence[Job], *, resume: bool, name: str | None = None) -> set[str | int]:
     """The ids of jobs whose results a file holds. A last line that was cut short while it was written is none.
+
+    Args:
+        path: of the file.
+        jobs: all there are.
+        resume: whether it may be there.
+        name: of the file in messages; its path by default.
 
     Raises:
         FileExistsError: the file exists, and `resume` is not set.
@@ -238,8 +249,9 @@ def find_results(path: Path, jobs: Sequence[Job], *, resume: bool) -> set[str | 
         raise FileNotFoundError(f"{path}: there is no directory {path.parent}")
     if not path.exists():
         return set()
+    name = name or str(path)
     if not resume:
-        raise FileExistsError(f"{path} exists: expected a new file, or --resume to go on with it")
+        raise FileExistsError(f"{name} exists: expected a new file, or --resume to go on with it")
     prompts = {job.id: job.given for job in jobs}
     done: set[str | int] = set()
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
@@ -249,7 +261,7 @@ def find_results(path: Path, jobs: Sequence[Job], *, resume: bool) -> set[str | 
         except (ValueError, TypeError, KeyError):
             known = False
         if not known:
-            raise ValueError(f"{path}, line {number}, is not the result of any of these prompts: expected another file")
+            raise ValueError(f"{name}, line {number}, is not the result of any of these prompts: expected another file")
         done.add(found["id"])
     return done
 

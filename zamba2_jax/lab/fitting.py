@@ -178,8 +178,10 @@ class _Session:
         for trial in trials:
             directory = Path(trial.config.directory)
             if not (directory / layout.CONFIG).is_file():
-                if directory.exists() and any(directory.iterdir()):
-                    raise FileExistsError(f"{directory} holds what is not of a run: expected a new directory")
+                names = sorted(path.name for path in directory.iterdir()) if directory.exists() else []
+                foreign = [name for name in names if name not in layout.NAMES and name[0] != "."]
+                if foreign:  # tokenizer and architecture are there if a process was killed as it began
+                    raise FileExistsError(f"{directory} holds {', '.join(foreign[:3])}: expected a new directory")
                 continue
             before, _ = layout.read_run(directory)
             lines = differing(before.as_dict(), trial.config.as_dict(), free=("directory", "logging", "checkpoints"))
@@ -287,8 +289,10 @@ class _Session:
                 if not futures or not all(future.done() and not future.exception() for future in futures):
                     self._stop.set()
                     pool.shutdown(cancel_futures=True)
-            outcomes = [future.result() for future in futures if not future.cancelled()]
-        return {outcome.name: outcome for outcome in outcomes}
+        errors = [error for future in futures if not future.cancelled() and (error := future.exception())]
+        if errors:
+            raise next((error for error in errors if not isinstance(error, _StoppedError)), errors[0])
+        return {outcome.name: outcome for outcome in (future.result() for future in futures)}
 
     def _warm(self, group: Group, program: Program) -> None:
         """Compiles the evaluation of a group's models, which all threads would else begin with."""
@@ -371,7 +375,7 @@ class _Session:
             yield lambda record: None
             return
         directory = Path(trial.config.directory)
-        for name in (MODEL, f".{MODEL}.partial"):
+        for name in (MODEL, f".{MODEL}.partial", f".{layout.TOKENIZER}.partial"):
             if (directory / name).is_dir():
                 shutil.rmtree(directory / name)
         directory.mkdir(parents=True, exist_ok=True)

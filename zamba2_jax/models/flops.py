@@ -70,6 +70,23 @@ def count_flops(config: ModelConfig, length: int) -> dict[str, int]:
     return {**{name: part.weights + part.mixing for name, part in flops.layers.items()}, **flops.ends}
 
 
+def prefill_flops(config: ModelConfig, length: int) -> int:
+    """FLOPs to the first token of a prompt of `length` tokens: a forward pass with the head at the last token alone."""
+    forward = forward_flops(config, length)
+    head = forward.ends.get("head", 0)
+    return length * (forward.total - head) + head
+
+
+def step_flops(config: ModelConfig, context: int) -> int:
+    """FLOPs of one more token after which a row has `context` tokens.
+
+    Of the parts that a family counts, "attention" is that of a row of so many tokens, and all else of a row of one.
+    """
+    alone, attention = forward_flops(config, 1), forward_flops(config, context).layers.get("attention", PartFlops(0))
+    rest = sum(part.weights + part.mixing for name, part in alone.layers.items() if name != "attention")
+    return attention.weights + attention.mixing + rest + sum(alone.ends.values())
+
+
 def train_flops(config: ModelConfig, length: int) -> int:
     """FLOPs that a training step takes per token: the backward pass is two forward ones; what is recomputed is not."""
     return 3 * forward_flops(config, length).total

@@ -249,14 +249,23 @@ def _attend_in_blocks(
     return (out / total).reshape(b, h, t, p).swapaxes(1, 2).astype(q.dtype)
 
 
+def most_blocks(tokens: int, capacity: int) -> int:
+    """In how many blocks several new tokens meet a cache that holds `tokens` after them, not on a GPU."""
+    return -(-tokens // _block_of_many(capacity))
+
+
+def _block_of_many(capacity: int) -> int:
+    # docs/xla-notes.md: half-the-cache
+    return min(BLOCK, -(-capacity // 2))
+
+
 def _block_size(k: Shaped[Array, "b kv u p"], queries: int) -> int:
     """Slots that are attended to at a time."""
     b, kv, u, p = k.shape
     if platform() == "gpu":
         return min(u, max(BLOCK, FILLING // (b * kv * p)) if queries == 1 else BLOCK)
     fitting = next(size for size in (512, 256, 128, 64, 32) if size == 32 or size * b * kv * p <= FITTING)
-    # docs/xla-notes.md: half-the-cache
-    return min(fitting if queries == 1 else BLOCK, -(-u // 2))
+    return min(fitting, _block_of_many(u)) if queries == 1 else _block_of_many(u)
 
 
 def _cudnn(q: Array, k: Array, v: Array, mask: Array | None, scale: float, *, is_causal: bool) -> Array:

@@ -1,1 +1,1 @@
-"""What a training step takes on devices that are not there: memory, time and what bounds it."""
+"""What training and inference take on devices that are not there: memory, time and what bounds it."""

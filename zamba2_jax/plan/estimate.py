@@ -4,16 +4,17 @@ import dataclasses
 import math
 import time
 from collections.abc import Mapping
+from typing import Self
 
 import jax
 
 from zamba2_jax.models.flops import executed_flops, train_flops
 from zamba2_jax.nn.config import ModelConfig
 from zamba2_jax.parallel.mesh import check_mesh
-from zamba2_jax.plan.chips import Chip, Slice
+from zamba2_jax.plan.chips import Slice
 from zamba2_jax.plan.hlo import Traffic, traffic
 from zamba2_jax.train.optimizer import AdamW
-from zamba2_jax.train.step import StepConfig, TrainState, abstract_batch, abstract_state, lower_train_step
+from zamba2_jax.train.step import StepConfig, abstract_batch, abstract_state, lower_train_step
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,28 +39,26 @@ class DoesNotFitError(ValueError):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Estimate:
-    """What one step takes on every chip. Sizes in bytes, times in seconds.
+class Bounds:
+    """What a program takes on every chip, at least. Sizes in bytes, times in seconds.
 
-    The three times are lower bounds, each for its own resource at the data sheet's rate with the others free; the step
-    takes the longest of them at least.
+    The three times are lower bounds, each for its own resource at the data sheet's rate with the others free; the
+    program takes the longest of them at least.
 
     Attributes:
-        parameters, optimizer: what stays from step to step.
-        temporaries: what the step needs besides, by the compiler.
         memory: of a chip.
-        flops: executed, with what is recomputed; by formula, see `models.flops.executed_flops`.
+        temporaries: what the program needs besides what stays, by the compiler.
+        flops: by formula.
         traffic: bytes moved, from the compiled program.
         compute, memory_time, network: seconds at the peak rates.
-        utilisation: model FLOPs, without what is recomputed, over those of the chips at peak in the longest time.
+        utilisation: useful FLOPs over those of the chips at peak in the longest time.
         tokens_per_second: of all chips, in that time.
         compile_time: seconds the compiler took, here.
+        unknown_trips: how often each of `traffic.unknown_loops` was counted.
     """
 
-    parameters: int
-    optimizer: int
-    temporaries: int
     memory: float
+    temporaries: int
     flops: float
     traffic: Traffic
     compute: float
@@ -68,11 +67,63 @@ class Estimate:
     utilisation: float
     tokens_per_second: float
     compile_time: float
+    unknown_trips: int
+
+    @classmethod
+    def read(
+        cls,
+        compiled: jax.stages.Compiled,
+        slice: Slice,
+        *,
+        flops: float,
+        useful: float,
+        tokens: int,
+        compile_time: float,
+        unknown_trips: int = 1,
+        **stays: int,
+    ) -> Self:
+        """Reads a compiled program.
+
+        Args:
+            compiled: the program.
+            slice: what it is compiled for.
+            flops: of all chips.
+            useful: of these, without what is computed twice.
+            tokens: that all chips take in.
+            compile_time, unknown_trips: as the attributes.
+            stays: the attributes of a subclass.
+        """
+        memory, text = compiled.memory_analysis(), compiled.as_text()
+        assert memory is not None
+        assert text is not None
+        chip, chips, moved = slice.chip, len(slice.devices), traffic(text, unknown_trips=unknown_trips)
+        compute = flops / chips / chip.flops
+        memory_time, network = moved.memory / chip.memory_bandwidth, sum(moved.sent.values()) / chip.link_bandwidth
+        longest = max(compute, memory_time, network)
+        return cls(
+            memory=chip.memory,
+            temporaries=memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
+            flops=flops / chips,
+            traffic=moved,
+            compute=compute,
+            memory_time=memory_time,
+            network=network,
+            utilisation=useful / chips / chip.flops / longest,
+            tokens_per_second=tokens / longest,
+            compile_time=compile_time,
+            unknown_trips=unknown_trips,
+            **stays,
+        )
+
+    @property
+    def stays(self) -> dict[str, int]:
+        """Bytes on a chip by what is there before and after the program."""
+        raise NotImplementedError
 
     @property
     def free(self) -> float:
         """Bytes left on a chip."""
-        return self.memory - self.parameters - self.optimizer - self.temporaries
+        return self.memory - sum(self.stays.values()) - self.temporaries
 
     @property
     def seconds(self) -> float:
@@ -84,6 +135,25 @@ class Estimate:
         """What takes the longest: "compute", "memory" or "network"."""
         times = {"compute": self.compute, "memory": self.memory_time, "network": self.network}
         return max(times, key=lambda name: times[name])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Estimate(Bounds):
+    """What one training step takes on every chip.
+
+    `flops` are those executed, with what is recomputed, see `models.flops.executed_flops`; `utilisation` is without.
+
+    Attributes:
+        parameters, optimizer: bytes that stay from step to step.
+    """
+
+    parameters: int
+    optimizer: int
+
+    @property
+    def stays(self) -> dict[str, int]:
+        """Parameters and optimizer."""
+        return {"parameters": self.parameters, "optimizer": self.optimizer}
 
 
 def estimate(job: Job, slice: Slice, sizes: Mapping[str, int]) -> Estimate:
@@ -105,47 +175,35 @@ def estimate(job: Job, slice: Slice, sizes: Mapping[str, int]) -> Estimate:
         state = abstract_state(job.config, optimizer, mesh, "float32")
         batch = abstract_batch(job.batch, job.length, mesh)
         lowered = lower_train_step(state, batch, optimizer=optimizer, schedule=lambda step: 1e-4, config=job.step)
-        begin = time.perf_counter()
-        compiled = _compile(lowered)
-        seconds = time.perf_counter() - begin
-    return _summary(job, slice.chip, len(slice.devices), state, compiled, seconds)
+        compiled, seconds = compile_for(lowered)
+    tokens = job.batch * job.length
+    return Estimate.read(
+        compiled,
+        slice,
+        flops=executed_flops(job.config, job.length, job.step.remat) * tokens,
+        useful=train_flops(job.config, job.length) * tokens,
+        tokens=tokens,
+        compile_time=seconds,
+        parameters=bytes_per_chip(state.model),
+        optimizer=bytes_per_chip(state.opt_state),
+    )
 
 
-def _compile(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+def compile_for(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, float]:
+    """The compiled program, and the seconds that it took.
+
+    Raises:
+        DoesNotFitError: the compiler ran out of a chip's memory.
+    """
+    begin = time.perf_counter()
     try:
-        return lowered.compile()
+        return lowered.compile(), time.perf_counter() - begin
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise DoesNotFitError(str(error).splitlines()[0]) from error
 
 
-def _summary(
-    job: Job, chip: Chip, chips: int, state: TrainState, compiled: jax.stages.Compiled, seconds: float
-) -> Estimate:
-    memory, text = compiled.memory_analysis(), compiled.as_text()
-    assert memory is not None
-    assert text is not None
-    moved, tokens = traffic(text), job.batch * job.length
-    flops = executed_flops(job.config, job.length, job.step.remat) * tokens / chips
-    compute = flops / chip.flops
-    memory_time, network = moved.memory / chip.memory_bandwidth, sum(moved.sent.values()) / chip.link_bandwidth
-    longest = max(compute, memory_time, network)
-    return Estimate(
-        parameters=_bytes_per_chip(state.model),
-        optimizer=_bytes_per_chip(state.opt_state),
-        temporaries=memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        memory=chip.memory,
-        flops=flops,
-        traffic=moved,
-        compute=compute,
-        memory_time=memory_time,
-        network=network,
-        utilisation=train_flops(job.config, job.length) * tokens / chips / chip.flops / longest,
-        tokens_per_second=tokens / longest,
-        compile_time=seconds,
-    )
-
-
-def _bytes_per_chip(tree: object) -> int:
+def bytes_per_chip(tree: object) -> int:
+    """Bytes of the arrays of a tree, or of their shapes with their places, on one chip."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))

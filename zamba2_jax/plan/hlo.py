@@ -22,6 +22,10 @@ _FREE = frozenset(
 )
 
 
+# What reads a part of its first operand, and what writes a part of it.
+_SLICES, _UPDATES = ("dynamic-slice", "slice", "gather"), ("dynamic-update-slice", "scatter")
+
+
 class Array(NamedTuple):
     """The shape of a value: its bytes, and whether it is in main memory rather than on the chip itself."""
 
@@ -59,7 +63,7 @@ class Traffic(NamedTuple):
             the chip, and of a slice or an update in place only the part.
         sent: bytes sent to other devices by each kind of collective, over rings.
         collectives: how many of each kind run.
-        unknown_loops: loops whose repetitions are not known and were counted as one.
+        unknown_loops: loops of which the program does not say how often they run.
     """
 
     memory: float
@@ -68,15 +72,23 @@ class Traffic(NamedTuple):
     unknown_loops: int
 
 
-def traffic(hlo: str) -> Traffic:
-    """Reads the text of an optimised module, as of `jax.stages.Compiled.as_text`."""
+def traffic(hlo: str, *, unknown_trips: int = 1) -> Traffic:
+    """Reads the text of an optimised module, as of `jax.stages.Compiled.as_text`.
+
+    Args:
+        hlo: the text.
+        unknown_trips: how often loops run of which the text does not say it.
+
+    Raises:
+        ValueError: the text is no module.
+    """
     entry, computations = _parse(hlo)
     fused = {name for instructions in computations.values() for i in instructions if _fuses(i) for name in i.called}
     memory, unknown = 0.0, 0
     beside: set[tuple[str, str, float]] = set()  # a TPU's collective that goes on beside fusions stands in each of them
     sent: defaultdict[str, float] = defaultdict(float)
     runs: Counter[str] = Counter()
-    for name, times, is_unknown in _executed(entry, computations):
+    for name, times, is_unknown in _executed(entry, computations, unknown_trips):
         unknown += is_unknown
         by_name = {instruction.name: instruction for instruction in computations[name]}
         for instruction in by_name.values():
@@ -138,7 +150,9 @@ def _arrays(text: str) -> list[Array]:
     return found
 
 
-def _executed(entry: str, computations: dict[str, list[Instruction]]) -> Iterator[tuple[str, int, int]]:
+def _executed(
+    entry: str, computations: dict[str, list[Instruction]], unknown_trips: int
+) -> Iterator[tuple[str, int, int]]:
     """Every call of a computation, down from the entry: its name, how often, and how many loops in it are unknown."""
     pending = [(entry, 1)]
     while pending:
@@ -148,7 +162,7 @@ def _executed(entry: str, computations: dict[str, list[Instruction]]) -> Iterato
             trips = 1
             if instruction.opcode == "while":
                 known = _trips(instruction, computations)
-                trips, unknown = known or 1, unknown + (known is None)
+                trips, unknown = unknown_trips if known is None else known, unknown + (known is None)
             pending += [(each, times * trips) for each in instruction.called if each in computations]
         yield name, times, unknown
 
@@ -215,32 +229,62 @@ def _memory(
         return min(array.size for array in ends) * sum(array.in_memory for array in ends)
     if opcode.endswith("-start"):
         return sum(read) + max((array.size for array in instruction.result if array.in_memory), default=0)
-    if opcode in ("dynamic-slice", "slice", "gather"):
+    if opcode in _SLICES:
         return 2 * written
-    if opcode in ("dynamic-update-slice", "scatter"):
-        return 2 * read[-1 if opcode == "scatter" else 1]
+    if opcode in _UPDATES:
+        return 2 * read[instruction.operands.index(_update(instruction))]
     if opcode == "fusion":
-        return _fusion(computations[instruction.called[0]], read, written)
+        return _fusion(computations[instruction.called[0]], read, written, computations)
     return sum(read) + written
 
 
-def _fusion(inside: list[Instruction], read: list[int], written: int) -> float:
-    """As `_memory`, with operands that are only sliced as large as their slices, and updates as large as they are."""
+def _fusion(
+    inside: list[Instruction], read: list[int], written: int, computations: dict[str, list[Instruction]]
+) -> float:
+    """As `_memory`, with operands that are only sliced as large as their slices, and updates as large as they are.
+
+    A gather is a slice in this, and a scatter an update.
+    """
     by_name = {instruction.name: instruction for instruction in inside}
     total, results = float(written), written
     for instruction in inside:
-        if instruction.opcode == "parameter" and (uses := list(_uses(instruction.name, inside))):
-            number = int(instruction.text.partition("parameter(")[2].partition(")")[0])
-            slices = [user for user, _ in uses if user.opcode in ("dynamic-slice", "slice")]
-            updates = [user for user, operand in uses if user.opcode == "dynamic-update-slice" and operand == 0]
-            parts = sum(array.size for user in slices for array in user.result)
-            total += min(read[number], parts) if len(slices) + len(updates) == len(uses) else read[number]
-        if instruction.opcode == "dynamic-update-slice":
+        if instruction.opcode == "parameter":
+            total += _read_inside(instruction, inside, read[_number(instruction)], computations)
+        if instruction.opcode in _UPDATES:
             whole = sum(array.size for array in instruction.result)
             if whole <= results:  # it is one of the results, or there is another as large
                 results -= whole
-                total += sum(array.size for array in by_name[instruction.operands[1]].result) - whole
+                total += sum(array.size for array in by_name[_update(instruction)].result) - whole
     return total
+
+
+def _read_inside(
+    parameter: Instruction, inside: list[Instruction], size: int, computations: dict[str, list[Instruction]]
+) -> int:
+    """Bytes that a fusion, with those inside of it, reads of a parameter of that size."""
+    total = 0
+    for user, operand in _uses(parameter.name, inside):
+        if user.opcode == "fusion":
+            nested = computations[user.called[0]]
+            taken = next(each for each in nested if each.opcode == "parameter" and _number(each) == operand)
+            if not any(_uses(taken.name, nested)):  # it is passed on as it is
+                return size
+            total += _read_inside(taken, nested, size, computations)
+        elif operand == 0 and user.opcode in _SLICES:
+            total += sum(array.size for array in user.result)
+        elif operand != 0 or user.opcode not in _UPDATES:
+            return size
+    return min(size, total)
+
+
+def _number(parameter: Instruction) -> int:
+    """Which parameter of its computation it is."""
+    return int(parameter.text.partition("parameter(")[2].partition(")")[0])
+
+
+def _update(instruction: Instruction) -> str:
+    """What one of `_UPDATES` writes."""
+    return instruction.operands[-1 if instruction.opcode == "scatter" else 1]
 
 
 def _uses(name: str, inside: list[Instruction]) -> Iterator[tuple[Instruction, int]]:

@@ -19,6 +19,8 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from zamba2_jax.checkpoint.hub import local_directory
 from zamba2_jax.files import read_json, read_text
+from zamba2_jax.storage.local import local_copy
+from zamba2_jax.storage.remote import RemoteDirectory, is_remote
 from zamba2_jax.text.chat import mark, render, split_marked
 from zamba2_jax.text.sentencepiece import SentencePiece, merges_by_id, merges_by_score, read_sentencepiece
 
@@ -186,13 +188,14 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
     config.json says that its vocabulary has their size; that puts BOS before every text, as they were trained.
 
     Args:
-        source: a directory, one of these two files, or the id of a repository on the Hugging Face hub, of which no
-            weights are fetched.
+        source: a directory or one of these two files, on this machine or by their URL in an object store; or the id of
+            a repository on the Hugging Face hub. No weights are fetched.
 
     Raises:
         FileNotFoundError: there is no such file, directory or repository, or no tokenizer in it.
         ValueError: a file is not valid, or needs a package that is not installed.
     """
+    source = local_copy(source, FILES)
     path = Path(source)
     directory = path.parent if path.is_file() else local_directory(source, FILES)
     settings, model = (_object(directory / name) for name in ("tokenizer_config.json", "config.json"))
@@ -209,9 +212,15 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Tokenizer:
     return Tokenizer(backend, reader.names, _chat_template(directory, settings), stop_tokens(directory))
 
 
-def has_tokenizer(directory: Path) -> bool:
-    """Whether a directory holds a tokenizer."""
-    return any((directory / name).is_file() for name in _NAMES_OF_FILES)
+def has_tokenizer(directory: str | os.PathLike[str]) -> bool:
+    """Whether a directory, local or in an object store, holds a tokenizer.
+
+    Raises:
+        OSError: the store refuses, or cannot be reached.
+    """
+    if is_remote(directory):
+        return not set(_NAMES_OF_FILES).isdisjoint(RemoteDirectory(os.fspath(directory)).sizes())
+    return any((Path(directory) / name).is_file() for name in _NAMES_OF_FILES)
 
 
 def stop_tokens(directory: Path) -> tuple[int, ...]:

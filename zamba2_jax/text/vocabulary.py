@@ -15,6 +15,7 @@ from tokenizers.trainers import BpeTrainer
 
 from zamba2_jax.checkpoint.hub import local_directory
 from zamba2_jax.files import write_atomically
+from zamba2_jax.storage.local import local_copy
 from zamba2_jax.text.tokenizer import FILES, Tokenizer, load_tokenizer
 
 PAD, BOS, EOS = 0, 1, 2
@@ -71,6 +72,7 @@ def copy_tokenizer(source: str | os.PathLike[str], target: Path) -> None:
 
     Where tokenizer_config.json is not among them it is written anew, with what the model's config says of it.
     """
+    source = local_copy(source, FILES)
     path = Path(source)
     directory = path.parent if path.is_file() else local_directory(source, FILES)
     if (path.is_file() and path.suffix == ".model") or not (directory / "tokenizer_config.json").is_file():

@@ -4,14 +4,23 @@ import contextlib
 import dataclasses
 import fcntl
 import json
-from collections.abc import Iterator, Sequence
+import os
+import socket
+import tempfile
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
+
+from zamba2_jax.checkpoint.history import Checkpoints
+from zamba2_jax.checkpoint.remote import RemoteCheckpoints
 from zamba2_jax.data.corpus import embedded_tokenizer
 from zamba2_jax.data.sources import SourceConfig
 from zamba2_jax.files import write_directory_atomically, write_json
 from zamba2_jax.nn.config import ModelConfig
+from zamba2_jax.storage.local import Mirror, scratch
+from zamba2_jax.storage.remote import RemoteDirectory, is_remote
 from zamba2_jax.text.tokenizer import Tokenizer, has_tokenizer, load_tokenizer
 from zamba2_jax.text.vocabulary import copy_tokenizer, save_tokenizer
 from zamba2_jax.train.config import EMBEDDED_TOKENIZER, RunConfig, architecture_from_table, differences, from_table
@@ -29,9 +38,110 @@ DIVERGED = ".diverged"  # why a run ended so, until it goes on
 NAMES = (CONFIG, ARCHITECTURE, TOKENIZER, CHECKPOINTS, METRICS, TENSORBOARD, TRACKERS, PROFILE)
 """All that a run writes, beside files whose names begin with a dot."""
 
+_CLAIM = ".claim.json"
+
+
+class Place(NamedTuple):
+    """Where a run is.
+
+    Attributes:
+        directory: its files on this machine; those of a run in an object store are copies.
+        remote: the directory in the object store.
+        mirror: what copies files there.
+    """
+
+    directory: Path
+    remote: RemoteDirectory | None = None
+    mirror: Mirror | None = None
+
+    def checkpoints(
+        self, *, keep_last: int | None = None, keep_every: int | None = None, read_only: bool = False
+    ) -> Checkpoints:
+        """The checkpoints of the run; arguments and errors as for `Checkpoints`."""
+        if self.remote is None:
+            return Checkpoints(
+                self.directory / CHECKPOINTS, keep_last=keep_last, keep_every=keep_every, read_only=read_only
+            )
+        return RemoteCheckpoints(
+            self.remote / CHECKPOINTS,
+            self.directory / CHECKPOINTS,
+            keep_last=keep_last,
+            keep_every=keep_every,
+            read_only=read_only,
+            before_commit=self.mirror.copy if self.mirror else lambda: None,
+        )
+
 
 @contextlib.contextmanager
-def claim(directory: Path, *, marker: str = CONFIG, names: Sequence[str] = NAMES) -> Iterator[None]:
+def open_run(location: str) -> Iterator[Place]:
+    """The place of a run to train in, a local directory or the URL of one in an object store, made if need be.
+
+    Meanwhile other processes do not run in it; of one in an object store this holds for those of the same machine. All
+    processes of a run call this.
+
+    Raises:
+        OSError: as `claim`; or the store refuses, or cannot be reached.
+        ValueError: there is no such kind of store.
+    """
+    first = jax.process_index() == 0
+    if not is_remote(location):
+        directory = Path(location).resolve()
+        with claim(directory) if first else contextlib.nullcontext():
+            yield Place(directory)
+        return
+    remote = RemoteDirectory(location)
+    with scratch(remote.url, jax.process_index()) as directory:
+        names = remote.sizes()
+        _refuse_foreign(remote.url, {name.split("/")[0] for name in names})
+        if not first:
+            _fetch(remote, names, directory)
+            yield Place(directory, remote)
+            return
+        # It tells who ran here last, and, before long work, whether the store lets us write.
+        remote.write(_CLAIM, json.dumps({"host": socket.gethostname(), "process": os.getpid()}).encode())
+        _fetch(remote, names, directory)
+        with Mirror(directory, remote, leave_out=CHECKPOINTS, last=CONFIG) as mirror:
+            yield Place(directory, remote, mirror)
+
+
+@contextlib.contextmanager
+def look_at_run(location: str | os.PathLike[str]) -> Iterator[Place]:
+    """The place of a run to read from, which may be going on.
+
+    Raises:
+        OSError: the store refuses, or cannot be reached.
+        ValueError: there is no such kind of store.
+    """
+    if not is_remote(location):
+        yield Place(Path(location))
+        return
+    remote = RemoteDirectory(os.fspath(location))
+    names = remote.sizes()
+    if CONFIG not in names:
+        raise FileNotFoundError(f"{remote} is not the directory of a run: there is no {CONFIG} in it")
+    with tempfile.TemporaryDirectory(prefix="zamba2-jax-") as name:
+        _fetch(remote, names, Path(name))
+        yield Place(Path(name), remote)
+
+
+def _fetch(remote: RemoteDirectory, names: Iterable[str], directory: Path) -> None:
+    """Copies what a run begins with again."""
+    wanted = [
+        name for name in names if name in (CONFIG, ARCHITECTURE, METRICS) or name.split("/")[0] in (TOKENIZER, TRACKERS)
+    ]
+    if CONFIG in wanted:
+        remote.download({name: directory / name for name in wanted})
+
+
+def _refuse_foreign(location: str, found: set[str], marker: str = CONFIG, names: Collection[str] = NAMES) -> None:
+    """Raises a FileExistsError if a directory without the file `marker` holds other than `names`."""
+    foreign = sorted(name for name in found if name not in names and name[0] != ".")
+    if foreign and marker not in found:
+        raise FileExistsError(f"{location} holds {', '.join(foreign[:3])}: expected a new directory, or that of a run")
+
+
+@contextlib.contextmanager
+def claim(directory: Path, *, marker: str = CONFIG, names: Collection[str] = NAMES) -> Iterator[None]:
     """Makes the directory of a run if need be, and keeps other processes from running in it meanwhile.
 
     Args:
@@ -45,9 +155,7 @@ def claim(directory: Path, *, marker: str = CONFIG, names: Sequence[str] = NAMES
     if directory.exists() and not directory.is_dir():
         raise FileExistsError(f"{directory} is a file: expected a directory for the run")
     directory.mkdir(parents=True, exist_ok=True)
-    foreign = sorted(path.name for path in directory.iterdir() if path.name not in names and path.name[0] != ".")
-    if foreign and not (directory / marker).is_file():
-        raise FileExistsError(f"{directory} holds {', '.join(foreign[:3])}: expected a new directory, or that of a run")
+    _refuse_foreign(str(directory), {path.name for path in directory.iterdir()}, marker, names)
     with (directory / ".lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -97,7 +205,7 @@ def resolve_architecture(config: RunConfig, directory: Path) -> ModelConfig:
         lines = [f"model: {config.model.preset} is not the architecture of the run any more, see {ARCHITECTURE}"]
     if lines:
         listed = "\n  ".join(lines)
-        raise ValueError(f"the run in {directory} was started with another config:\n  {listed}")
+        raise ValueError(f"the run in {config.directory} was started with another config:\n  {listed}")
     return architecture
 
 
@@ -129,7 +237,7 @@ def _tokenizer_source(config: RunConfig) -> str | None:
         for source in config.sources.values()
         if isinstance(source, SourceConfig) and source.kind == "tokens"
     )
-    return next((path for path in beside if has_tokenizer(Path(path))), config.model.hf)
+    return next((path for path in beside if has_tokenizer(path)), config.model.hf)
 
 
 def write_run(config: RunConfig, architecture: ModelConfig, tokenizer: Tokenizer | None, directory: Path) -> None:

@@ -52,7 +52,7 @@ def run(config: RunConfig, console: Console) -> bool:
     """Trains from where the run in `config.directory` stands, or from the beginning, to the end.
 
     Everything that can be wrong with config, data, mesh and directory is found before the first step. With several
-    processes each of them calls this, and the directory is one they share.
+    processes each of them calls this, and the directory is one they share, or in an object store.
 
     Args:
         config: of the run.
@@ -69,15 +69,11 @@ def run(config: RunConfig, console: Console) -> bool:
     """
     with contextlib.ExitStack() as stack:
         preempted = stack.enter_context(preemption())
-        directory = Path(config.directory).resolve()
-        if jax.process_index() == 0:
-            stack.enter_context(layout.claim(directory))
-        plan = _prepare(config, directory, console)
+        place = stack.enter_context(layout.open_run(config.directory))
+        plan = _prepare(config, place.directory, console)
         stack.enter_context(jax.set_mesh(plan.mesh))
         keep = config.checkpoints
-        checkpoints = stack.enter_context(
-            Checkpoints(directory / layout.CHECKPOINTS, keep_last=keep.keep_last, keep_every=keep.keep_every)
-        )
+        checkpoints = stack.enter_context(place.checkpoints(keep_last=keep.keep_last, keep_every=keep.keep_every))
         total = boundaries(config.phases)[-1]
         if not checkpoints.steps or checkpoints.steps[-1] < total:
             try:
@@ -100,7 +96,7 @@ class _Plan(NamedTuple):
     Attributes:
         config: what was asked for.
         architecture: of the model.
-        directory: of the run.
+        directory: of the run, on this machine.
         mesh: over which it runs.
         stages: the phases, with this process's part of their batches.
         data: that it reads.

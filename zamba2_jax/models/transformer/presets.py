@@ -44,6 +44,21 @@ LLAMA: dict[str, LlamaConfig] = {
         pad_token_id=32000,
         eos_token_id=32000,
     ),
+    # Of Gemma-7B's sizes: as many products and keys. Its GELU, norms and scaled embeddings are not expressed.
+    "gemma-7b-shape": LlamaConfig(
+        vocab_size=256000,
+        hidden_size=3072,
+        num_layers=28,
+        attention_heads=16,
+        kv_heads=16,
+        head_dim=256,
+        ffn_size=24576,
+        tie_embeddings=True,
+        max_position_embeddings=8192,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=1,
+    ),
     # For tests: every size differs, so that a swapped axis cannot hide.
     "transformer-tiny": LlamaConfig(
         vocab_size=97,
