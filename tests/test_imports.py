@@ -15,8 +15,8 @@ import zamba2_jax
 
 PACKAGE = pathlib.Path(zamba2_jax.__file__).parent
 ORDER = """
-    choices files storage typing ops parallel nn models interpret checkpoint text data inference train evaluate parity
-    plan lab cli
+    choices files storage typing ops parallel nn models interpret checkpoint text data inference train evaluate check
+    parity plan lab cli
 """.split()
 TOP = ("__init__", "__main__")
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -98,13 +98,13 @@ def test_a_kernel_package_that_is_missing_is_said_once(monkeypatch):
 
     monkeypatch.setattr(jax, "device_count", lambda: 1)
     monkeypatch.setattr(builtins, "__import__", without_triton)
-    module._has_triton.cache_clear()
+    module.has_triton.cache_clear()
     with for_a_gpu():
         with pytest.warns(UserWarning, match=re.escape("no Pallas through Triton (no triton here)")) as said:
             backends = [default_backend(jnp.bfloat16) for _ in range(2)]
         assert len(said) == 1
     assert {(backend.scan, backend.step, backend.attention) for backend in backends} == {("xla", "xla", "cudnn")}
-    module._has_triton.cache_clear()
+    module.has_triton.cache_clear()
 
 
 @pytest.mark.parametrize("h", [4, 2])

@@ -35,6 +35,11 @@ class Entry(NamedTuple):
 
 COMMANDS = {
     "chat": Entry("zamba2_jax.cli.chat", "Chat", "Talk with a model."),
+    "check": Entry(
+        "zamba2_jax.cli.check",
+        "Check",
+        "Run every kernel on the devices that are here, against an oracle and the clock.",
+    ),
     "demo": Entry(
         "zamba2_jax.cli.demo", "Demo", "Train a small language model on text this Python carries, and let it write."
     ),

@@ -122,15 +122,15 @@ def default_backend(dtype: DTypeLike) -> Backend:
         return Backend(scan=scan, attention="splash")
     if found is None:
         return Backend()
-    if scan == "pallas_gpu" and not _has_triton():
+    if scan == "pallas_gpu" and not has_triton():
         scan = "xla"
-    step: StepImplementation = "pallas_gpu" if kernels() == "gpu" and _has_triton() else "xla"
+    step: StepImplementation = "pallas_gpu" if kernels() == "gpu" and has_triton() else "xla"
     return Backend(scan=scan, attention="cudnn", cached_attention="cudnn", step=step)
 
 
 @cache
-def _has_triton() -> bool:
-    """Whether JAX has Pallas through Triton (docs/xla-notes.md: pallas-through-triton)."""
+def has_triton() -> bool:
+    """Whether JAX has Pallas through Triton; warns where not (docs/xla-notes.md: pallas-through-triton)."""
     try:
         from jax.experimental.pallas import triton as _  # noqa: F401
     except ImportError as error:

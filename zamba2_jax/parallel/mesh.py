@@ -77,7 +77,24 @@ def make_mesh(*, data: int = 1, fsdp: int = 1, tensor: int = 1, sequence: int = 
     if min(sizes) < 1 or wanted > len(devices):
         asked = ", ".join(f"{axis}={size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
         raise ValueError(f"mesh {asked} needs {wanted} devices, all sizes >= 1; {len(devices)} are there")
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=devices[:wanted])
+    return _mesh(sizes, devices[:wanted])
+
+
+def local_mesh(platform: str | None = None, *, fsdp: int = 1) -> Mesh:
+    """A mesh over the first devices of this process, of several perhaps; by default of JAX's default platform.
+
+    Raises:
+        ValueError: there are fewer devices.
+        RuntimeError: JAX has no such platform.
+    """
+    devices = jax.local_devices(backend=platform)
+    if fsdp > len(devices):
+        raise ValueError(f"mesh fsdp={fsdp} of this process alone: {len(devices)} devices are there")
+    return _mesh((1, fsdp, 1, 1), devices[:fsdp])
+
+
+def _mesh(sizes: tuple[int, ...], devices: Sequence[jax.Device]) -> Mesh:
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 4, devices=devices)
 
 
 def check_mesh(

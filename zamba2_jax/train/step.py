@@ -22,6 +22,7 @@ from zamba2_jax.models.layers import LayerOptions, are_alike, when
 from zamba2_jax.models.registry import init_model
 from zamba2_jax.nn.config import ModelConfig
 from zamba2_jax.nn.tap import NO_TAP, Tap
+from zamba2_jax.ops.attention import Implementation as AttentionImplementation
 from zamba2_jax.ops.backend import Backend, default_backend
 from zamba2_jax.ops.placement import compiled_apart, platform
 from zamba2_jax.parallel.mesh import (
@@ -61,6 +62,7 @@ class StepConfig:
         z_loss: weight of the mean square of the logits' ln sum exp, which keeps it near 0 (arXiv:2204.02311).
         loss_chunk: positions of a row whose logits exist at a time.
         scan: implementation of the scan of Mamba2; by default the fastest on the platform, see `ops.ssd`.
+        attention: implementation of attention; by default likewise, see `ops.causal_attention`.
 
     Raises:
         ValueError: a value breaks a rule; the message names field, value and rule.
@@ -73,19 +75,22 @@ class StepConfig:
     z_loss: float = 0.0
     loss_chunk: int = 256
     scan: Implementation | None = None
+    attention: AttentionImplementation | None = None
 
     def __post_init__(self) -> None:
         def one_of(values: tuple[object, ...]) -> str:
             return f"one of {', '.join(map(str, values))}"
 
-        dtypes, implementations = (None, "float32", "bfloat16"), (None, *get_args(Implementation))
+        dtypes = None, "float32", "bfloat16"
+        scans, attentions = ((None, *get_args(of)) for of in (Implementation, AttentionImplementation))
         rules = {
             "microbatches": (self.microbatches >= 1, "an integer >= 1"),
             "remat": (self.remat in get_args(Remat), one_of(get_args(Remat))),
             "compute_dtype": (self.compute_dtype in dtypes, one_of(dtypes)),
             "z_loss": (0 <= self.z_loss < math.inf, "a finite number >= 0"),
             "loss_chunk": (self.loss_chunk >= 1, "an integer >= 1"),
-            "scan": (self.scan in implementations, one_of(implementations)),
+            "scan": (self.scan in scans, one_of(scans)),
+            "attention": (self.attention in attentions, one_of(attentions)),
         }
         for field, (valid, rule) in rules.items():
             if not valid:
@@ -421,7 +426,9 @@ def _run(
 def step_backend(model: LanguageModel, config: StepConfig) -> Backend:
     """How the ops of a step are computed."""
     backend = default_backend(config.compute_dtype or model.dtype)
-    return backend if config.scan is None else dataclasses.replace(backend, scan=config.scan)
+    return dataclasses.replace(
+        backend, scan=config.scan or backend.scan, attention=config.attention or backend.attention
+    )
 
 
 def _return_freed_memory() -> None:
