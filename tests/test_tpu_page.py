@@ -76,7 +76,7 @@ def test_commands_parse_and_their_runs_load(parsed, words):
         shape, mesh = (re.findall(r"\d+", text) for text in (command.topology.split(":")[1], command.mesh))
         chips = math.prod(map(int, shape))
         assert math.prod(map(int, mesh)) == chips
-        assert command.batch // command.microbatches % chips == 0
+        assert command.batch // (command.microbatches or 1) % chips == 0
         assert preset(command.preset).hidden_size % chips == 0
 
 
@@ -86,7 +86,8 @@ def test_what_is_planned_is_what_runs(parsed):
     for words in PAGE_COMMANDS:
         if words[0] == "plan":
             of = parsed(words)
-            planned[of.preset] = (of.batch, of.microbatches, of.seq, of.remat, of.compute_dtype, of.mesh)
+            numbers = of.batch, of.microbatches or 1, of.seq, of.remat or "layer"  # the defaults of a plan
+            planned[of.preset] = (*numbers, of.compute_dtype, of.mesh)
     runs = {}
     for words in PAGE_COMMANDS:
         if words[:2] == ["train", "--distributed"]:

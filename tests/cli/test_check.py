@@ -1,6 +1,5 @@
 """`zamba2 check` on a CPU, and what it finds where a kernel, a training step or a step of generation is wrong."""
 
-import importlib
 import json
 from functools import partial
 
@@ -10,11 +9,9 @@ import pytest
 
 from zamba2_jax import preset
 from zamba2_jax.check import models, ops, run
-from zamba2_jax.check.models import check_training_step, shallow
+from zamba2_jax.check.models import shallow
 from zamba2_jax.check.ops import small_cases
 from zamba2_jax.cli.main import main
-
-of_ssd = importlib.import_module("zamba2_jax.ops.ssd")
 
 
 @pytest.fixture
@@ -50,9 +47,9 @@ def test_a_wrong_kernel_is_found_and_what_to_set_is_said(monkeypatch, capsys):
     def wrong(*, D, **others):
         return right(D=0.99 * D, **others)
 
-    [scan] = [make for make in small_cases("cpu") if make.func is ops.scan_case]
+    scan = small_cases("cpu")["scan in float32"]
     monkeypatch.setattr(ops, "ssd_pallas_tpu", wrong)
-    monkeypatch.setattr(run, "checks", lambda model: [partial(run._check_op, scan)])
+    monkeypatch.setattr(run, "checks", lambda model: {"scan": partial(run._check_op, scan)})
     assert main(["check", "--quick"]) == 1
     *table, last = capsys.readouterr().out.splitlines()
     assert sum("wrong" in line for line in table) == 1
@@ -60,9 +57,15 @@ def test_a_wrong_kernel_is_found_and_what_to_set_is_said(monkeypatch, capsys):
 
 
 def test_a_wrong_training_step_is_found(one_device, monkeypatch):
-    right = of_ssd.ssd_xla
-    monkeypatch.setattr(of_ssd, "ssd_xla", lambda x, dt, *others: right(x, 0.99 * dt, *others))
-    [found] = check_training_step("tiny", shallow(preset("zamba2-tiny")), "float32")
+    """One to which all documents of a row are one."""
+    right = models.compile_train_step
+
+    def wrong(*arguments, **options):
+        step = right(*arguments, **options)
+        return lambda state, batch: step(state, batch.replace(segment_ids=jnp.ones_like(batch.segment_ids)))
+
+    monkeypatch.setattr(models, "compile_train_step", wrong)
+    [found] = models.check_training_step("tiny", shallow(preset("zamba2-tiny")), "float32")
     assert (found.verdict, found.implementation) == ("wrong", "xla")
     assert run.advice([found]).startswith("Plain XLA itself is wrong here (training step)")
 
@@ -93,6 +96,6 @@ def test_one_of_several_processes_joins_the_others_first(monkeypatch):
     order = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda: order.append("joined"))
     monkeypatch.setattr(run, "this_platform", lambda: order.append("asked") or "cpu")
-    monkeypatch.setattr(run, "checks", lambda model: [])
+    monkeypatch.setattr(run, "checks", lambda model: {})
     assert main(["check", "--distributed"]) == 0
     assert order == ["joined", "asked"]

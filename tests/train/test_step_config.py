@@ -14,9 +14,10 @@ from tests.helpers import SMALL, TINY, assert_close, random_model, random_tokens
 from zamba2_jax import next_token_loss
 from zamba2_jax.data.batches import Batch
 from zamba2_jax.models.layers import LayerOptions
+from zamba2_jax.ops.backend import default_backend
 from zamba2_jax.parallel.mesh import make_mesh, shard_model
 from zamba2_jax.train.optimizer import AdamW
-from zamba2_jax.train.step import StepConfig, evaluate, init_state, loss_and_gradient, train_step
+from zamba2_jax.train.step import StepConfig, evaluate, init_state, loss_and_gradient, step_backend, train_step
 
 # Groups of all kinds: without a call, with one of either block, and as short and as long as the longest.
 CONFIG = dataclasses.replace(TINY, num_layers=6, hybrid_layer_ids=(1, 3, 5), num_shared_blocks=2, vocab_size=32)
@@ -171,6 +172,7 @@ def test_z_loss_adds_the_mean_square_of_the_normalizer_to_what_is_minimised(x64)
         ({"z_loss": -1.0}, "z_loss=-1.0: expected a finite number >= 0"),
         ({"loss_chunk": 0}, "loss_chunk=0: expected an integer >= 1"),
         ({"scan": "cuda"}, "scan='cuda': expected one of None, xla"),
+        ({"attention": "flash"}, "attention='flash': expected one of None, xla, splash"),
     ],
 )
 def test_wrong_options_are_named(options, message):
@@ -182,3 +184,11 @@ def test_parts_that_do_not_divide_the_batch_are_refused():
     batch = packed()
     with pytest.raises(ValueError, match="microbatches=3 does not divide the batch of 8 rows"):
         jax.eval_shape(lambda model: loss_and_gradient(model, batch, StepConfig(microbatches=3)), random_model(CONFIG))
+
+
+def test_implementations_are_those_that_are_chosen():
+    default = default_backend(jnp.float32)
+    assert step_backend(random_model(SMALL), StepConfig()) == default
+    chosen = StepConfig(scan="sequential", attention="plain")
+    backend = dataclasses.replace(default, scan="sequential", attention="plain")
+    assert step_backend(random_model(SMALL), chosen) == backend

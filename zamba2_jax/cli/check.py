@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -56,10 +55,9 @@ class Check:
             jax.distributed.initialize()
         default = None if self.quick or this_platform() == "cpu" else "zamba2-1.2b"
         found: list[Finding] = []
-        with Console(file=sys.stderr).status("compiling the first check") as status:
-            for check in checks(self.preset or default):
-                found += check()
-                status.update(f"after {found[-1].subject.name}, {found[-1].subject.shape}")
+        for name, check in checks(self.preset or default).items():
+            print(f"checking {name}", file=sys.stderr, flush=True)  # a compiler may end the process
+            found += check()
         console = table_console()
         console.print(_table(f"{_device()}, JAX {jax.__version__}", found))
         for finding in found:
