@@ -23,7 +23,7 @@ from zamba2_jax.data.synthetic import AnySource, open_source
 from zamba2_jax.models.flops import train_flops
 from zamba2_jax.models.registry import init_model
 from zamba2_jax.nn.config import ModelConfig
-from zamba2_jax.parallel.hosts import host_share, place, preemption, run_mesh
+from zamba2_jax.parallel.hosts import choose_mesh, host_share, place, preemption, run_mesh
 from zamba2_jax.parallel.mesh import check_mesh
 from zamba2_jax.text.tokenizer import Tokenizer
 from zamba2_jax.train import directory as layout
@@ -128,7 +128,9 @@ class _Plan(NamedTuple):
 
 def _prepare(config: RunConfig, directory: Path, console: Console) -> _Plan:
     """Finds what can be wrong, opens the data, and writes down what the run is."""
-    mesh = run_mesh(config.mesh)
+    mesh = run_mesh(choose_mesh(config.meshes) if config.meshes else config.mesh)
+    if config.meshes:
+        console.print(f"The mesh is {', '.join(f'{axis}={size}' for axis, size in mesh.shape.items())}")
     if jax.process_index() == 0:
         check_installed(config.logging.trackers)
     architecture = layout.resolve_architecture(config, directory)
