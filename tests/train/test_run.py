@@ -235,7 +235,7 @@ def test_a_run_goes_back_and_leaves_batches_out_if_it_is_told_to(whole, tmp_path
     values = dataclasses.replace(whole, directory=str(tmp_path / "run"))
     (tmp_path / "orders.json").write_text(json.dumps({"cause": "why", "before": 12, "skip_to": ["second", 3]}))
     assert run(values, QUIET, Lifeline(tmp_path))
-    assert (tmp_path / "step").read_text() == "13"
+    assert int((tmp_path / "step").read_text()) == 13
     with Checkpoints(tmp_path / "run" / "checkpoints", read_only=True) as checkpoints:
         assert checkpoints.steps == [8, 12, 13]
         note = json.loads((checkpoints.directory / "13" / "note" / "metadata").read_text())

@@ -58,7 +58,9 @@ class Lifeline:
     def took(self, step: int) -> None:
         """Says that the run has taken so many steps."""
         if self._directory is not None:
-            (self._directory / _STEP).write_text(str(step))
+            file = os.open(self._directory / _STEP, os.O_WRONLY | os.O_CREAT, 0o600)
+            os.write(file, b"%20d" % step)  # over the last one: a process may be killed at any moment
+            os.close(file)
 
     def diverged(self, step: int, phase: str, batch: int) -> None:
         """Says where the run diverged; arguments as in `loop.DivergedError`."""
@@ -173,10 +175,12 @@ def _run_once(
     (directory / _ORDERS).write_text(json.dumps(dataclasses.asdict(orders)))
     # The process says where it hangs when it is aborted. In a session of its own it has Ctrl-C from here only, once.
     environment = {**os.environ, VARIABLE: str(directory), "PYTHONFAULTHANDLER": "1"}
-    hung = False
+    hung, seen, since = False, None, time.monotonic()
     with signals.passed_on_to(subprocess.Popen(command, env=environment, start_new_session=True)) as process:
         while process.poll() is None:
-            if hang_timeout is not None and _silence(directory / _STEP) > hang_timeout:
+            if (written := _written(directory / _STEP)) != seen:
+                seen, since = written, time.monotonic()
+            if hang_timeout is not None and seen is not None and time.monotonic() - since > hang_timeout:
                 hung = True
                 _abort(process)
             time.sleep(_POLL)
@@ -191,12 +195,12 @@ def _read(path: Path) -> Any:
     return None
 
 
-def _silence(path: Path) -> float:
-    """Seconds since a file was written; 0 if it is not there."""
+def _written(path: Path) -> int | None:
+    """What changes whenever a file is written; None if it is not there."""
     try:
-        return time.time() - path.stat().st_mtime
+        return path.stat().st_mtime_ns
     except FileNotFoundError:
-        return 0.0
+        return None
 
 
 def _abort(process: "subprocess.Popen[bytes]") -> None:
