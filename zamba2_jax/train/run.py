@@ -82,9 +82,12 @@ def run(config: RunConfig, console: Console, lifeline: Lifeline | None = None) -
         keep = config.checkpoints
         checkpoints = stack.enter_context(place.checkpoints(keep_last=keep.keep_last, keep_every=keep.keep_every))
         total = boundaries(config.phases)[-1]
+        lifeline = lifeline or Lifeline()
+        if lifeline.orders.before is not None:
+            checkpoints.delete_from(lifeline.orders.before)
         if not checkpoints.steps or checkpoints.steps[-1] < total:
             try:
-                _go_on(plan, checkpoints, preempted, console, stack, clock, lifeline or Lifeline())
+                _go_on(plan, checkpoints, preempted, console, stack, clock, lifeline)
             except jax.errors.JaxRuntimeError as error:
                 if not str(error).startswith("RESOURCE_EXHAUSTED"):
                     raise
@@ -229,8 +232,6 @@ def _go_on(
     """Trains from the last checkpoint to the end, or until it is told to stop, and saves."""
     config, mesh, optimizer = plan.config, plan.mesh, plan.config.optimizer.transformation()
     orders = lifeline.orders
-    if orders.before is not None:
-        checkpoints.delete_from(orders.before)
     taken = checkpoints.steps[-1] if checkpoints.steps else 0
     console.print(f"Compiling; {taken} of {boundaries(config.phases)[-1]} steps are done")
     report = _open_reports(plan, taken, console, stack) if jax.process_index() == 0 else _ignore
