@@ -9,7 +9,9 @@ from flax import struct
 
 from tests.helpers import SMALL, abstract_model, random_model
 from zamba2_jax.checkpoint.history import Checkpoints
+from zamba2_jax.checkpoint.remote import RemoteCheckpoints
 from zamba2_jax.models.base import LanguageModel
+from zamba2_jax.storage.remote import RemoteDirectory
 
 
 @struct.dataclass
@@ -101,3 +103,23 @@ def test_a_disk_that_takes_no_more_leaves_the_last_good_one(history, tmp_path):
 def save_and_wait(checkpoints):
     checkpoints.save(10, state(10), {})
     checkpoints.wait()
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_later_ones_are_deleted_and_written_anew(tmp_path, remote):
+    def opened(name):
+        if remote:
+            return RemoteCheckpoints(RemoteDirectory(f"memory:/{tmp_path}/history"), tmp_path / name)
+        return Checkpoints(tmp_path / "history")
+
+    with opened("first") as checkpoints:
+        for step in (2, 4, 6):
+            checkpoints.save(step, {"x": jnp.full(3, step)}, {})
+    with opened("second") as checkpoints:
+        checkpoints.delete_from(3)
+        assert checkpoints.steps == [2]
+        checkpoints.save(4, {"x": jnp.full(3, 40)}, {"anew": True})
+    with opened("third") as checkpoints:
+        assert checkpoints.steps == [2, 4]
+        restored, note = checkpoints.restore(4, {"x": jax.ShapeDtypeStruct((3,), jnp.int32)})
+        assert (restored["x"].tolist(), note) == ([40] * 3, {"anew": True})

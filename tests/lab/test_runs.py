@@ -10,7 +10,15 @@ from tests.train.runs import config
 from zamba2_jax.cli.main import main
 from zamba2_jax.lab.runs import differing, read_runs
 from zamba2_jax.train.directory import claim, write_run
-from zamba2_jax.train.metrics import CallHealth, EvalRecord, GroupHealth, HealthRecord, JsonLines, TrainRecord
+from zamba2_jax.train.metrics import (
+    CallHealth,
+    EvalRecord,
+    GoodputRecord,
+    GroupHealth,
+    HealthRecord,
+    JsonLines,
+    TrainRecord,
+)
 
 
 def train(step, loss, **changes):
@@ -45,7 +53,8 @@ def home(tmp_path_factory):
     path = tmp_path_factory.mktemp("home")
     (path / "runs").mkdir()
     curve = [held_out(0, 6.0), train(5, 5.0), held_out(5, 3.0), train(13, 4.0, seconds=3.0), held_out(13, 3.5)]
-    write(path, "done", [*curve, idle(1), idle(6), idle(11)])
+    spent = GoodputRecord(step=13, first=0, began="2026-01-01T00:00:00+00:00", steps=6.0, compile=1.5, data=0.5)
+    write(path, "done", [*curve, idle(1), idle(6), idle(11), spent])
     again = [train(3, 7.0), train(6, 6.0, tokens=1), train(6, 5.5, skipped=2), held_out(6, 4.25, "other")]
     directory = write(path, "sweep/half", again, learning_rate=2e-2, seed=1)
     with (directory / "metrics.jsonl").open("a") as metrics:
@@ -71,7 +80,7 @@ def test_directories_say_how_far_runs_are_and_with_what_numbers(home):
     done = runs["done"].metrics
     assert (done["steps"], done["tokens"], done["tokens_per_second"], done["train/loss"]) == (13, 80, 16, 4.0)
     assert [done[f"eval/unseen/{key}"] for key in ("loss", "accuracy", "best_loss", "best_step")] == [3.5, 0.35, 3.0, 5]
-    assert done["warnings"] == 1
+    assert (done["goodput"], done["wall/compile"], done["wall/lost"], done["warnings"]) == (0.75, 1.5, 0.0, 1)
     assert "layers.0: the shared block is idle" in runs["done"].warnings[0]
     half = runs["sweep/half"].metrics
     assert (half["steps"], half["tokens"], half["train/loss"], half["skipped"]) == (6, 80, 5.5, 2)
@@ -85,6 +94,7 @@ def test_the_table_has_what_differs_and_the_differences(home, capsys):
     rows = [line for line in text.splitlines() if re.match(r"│ (done|sweep)", line)]
     assert [row.split()[1] for row in rows] == ["done", "sweep/new", "sweep/half", "sweep/bad"]
     assert "5.5000 (+1.5000)" in rows[2]
+    assert "75.0%" in rows[0]
     assert "stopped at 6/13" in rows[2]
     assert "done: layers.0: the shared block is idle" in text
     text = shown(capsys, home / "runs", "--where", "seed=0", "learning_rate=1e-2", "--metrics", "steps")

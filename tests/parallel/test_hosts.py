@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from zamba2_jax.data.batches import Batch
-from zamba2_jax.parallel.hosts import host_share, place, preemption, shares
-from zamba2_jax.parallel.mesh import make_mesh
+from zamba2_jax.parallel.hosts import choose_mesh, host_share, place, preemption, shares
+from zamba2_jax.parallel.mesh import MeshSizes, make_mesh
 
 
 @pytest.mark.parametrize(
@@ -49,3 +49,29 @@ def test_sigterm_is_remembered_and_then_forgotten():
         os.kill(os.getpid(), signal.SIGTERM)
         assert preempted(2)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+MESHES = [MeshSizes(data=3), MeshSizes(fsdp=4), MeshSizes(data=2, tensor=2), MeshSizes(data=2, fsdp=4)]
+
+
+@pytest.mark.parametrize(
+    ("devices", "processes", "expected"), [(8, 1, 3), (9, 1, 3), (7, 1, 1), (4, 2, 1), (3, 1, 0), (3, 3, 0), (8, 2, 3)]
+)
+def test_the_mesh_with_the_most_devices_is_chosen(monkeypatch, devices, processes, expected):
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    assert choose_mesh(MESHES) == MESHES[expected]
+
+
+@pytest.mark.parametrize(
+    ("devices", "processes", "message"),
+    [
+        (2, 1, "meshes take 3, 4, 4, 8 devices: expected one that takes at most 2 devices"),
+        (7, 2, "meshes take 3, 4, 4, 8 devices: expected one that takes all 7 devices of the 2 processes"),
+    ],
+)
+def test_devices_without_a_mesh_are_named(monkeypatch, devices, processes, message):
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    monkeypatch.setattr(jax, "process_count", lambda: processes)
+    with pytest.raises(ValueError, match=message):
+        choose_mesh(MESHES)

@@ -57,7 +57,7 @@ def config(path, **changes):
 
 
 def losses(records):
-    return [record["loss"] for record in records if record["kind"] != "health"]
+    return [record["loss"] for record in records if record["kind"] in ("train", "eval")]
 
 
 TIMES = ("seconds", "waited", "memory")
@@ -65,4 +65,8 @@ TIMES = ("seconds", "waited", "memory")
 
 def numbers(records):
     """What two runs that do the same agree on, to the last bit."""
-    return [{key: value for key, value in record.items() if key not in TIMES} for record in records]
+    return [
+        {key: value for key, value in record.items() if key not in TIMES}
+        for record in records
+        if record["kind"] != "goodput"
+    ]

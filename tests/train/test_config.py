@@ -137,6 +137,11 @@ def test_an_architecture_is_checked_and_may_be_infinite(tmp_path):
         ("phases.0.shares", {"a": 0.5}, "phase 'first': shares={'a': 0.5}: expected a sum of 1"),
         ("phases", 3, "phases=3: expected a list"),
         ("mesh", 3, "mesh is 3: expected a table"),
+        (
+            "meshes",
+            [{"data": 2}, {"data": 0}],
+            "meshes.1={'data': 0, 'fsdp': 1, 'tensor': 1, 'sequence': 1}: expected all",
+        ),
         ("model", {}, "model: nothing is given: expected one of preset, architecture, hf"),
         ("model.preset", "zamba2-tiny", "model: ['preset', 'architecture'] is given: expected one of"),
         ("step.remat", "all", "step.remat='all': expected one of none, layer, matmuls"),
@@ -155,6 +160,12 @@ def test_an_architecture_is_checked_and_may_be_infinite(tmp_path):
 def test_mistakes_are_named(tmp_path, path, value, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         from_table(RunConfig, changed(table(tmp_path), path, value))
+
+
+def test_there_is_a_mesh_or_a_choice(tmp_path):
+    values = changed(table(tmp_path), "mesh", {"data": 2})
+    with pytest.raises(ValueError, match=r"mesh={'data': 2, .*}: expected none, since meshes is given"):
+        from_table(RunConfig, values | {"meshes": [{"data": 4}]})
 
 
 @pytest.mark.parametrize(
@@ -183,6 +194,7 @@ def test_what_may_change_when_a_run_goes_on(tmp_path):
     before = from_table(RunConfig, values)
     for path, value in {
         "mesh": {"data": 2},
+        "meshes": [{"data": 2}, {"data": 4, "tensor": 2}],
         "directory": "/elsewhere",
         "checkpoints.every": 2,
         "evaluation.every": 2,

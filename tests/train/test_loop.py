@@ -88,6 +88,28 @@ def untimed(record):
     return dataclasses.replace(record, seconds=1, waited=1) if isinstance(record, TrainRecord) else record
 
 
+def test_batches_that_are_left_out_are_taken_by_no_step(model, stages, step):
+    """And those after them are, in order; a run that goes on with the same words leaves out no more."""
+    taken, positions = [], []
+
+    def watched(state, batch):
+        taken.append(batch.tokens)
+        return step(copy(state), batch)
+
+    def after_step(state, number, position):
+        if number == 3:
+            positions.append((state, position()))
+        return number == 3
+
+    expected = [batch.tokens for batch in itertools.islice(stages[0].batches, 4, 9)]
+    expected += [batch.tokens for batch in itertools.islice(stages[1].batches, 4)]
+    run(init_state(model, OPTIMIZER), watched, stages, skip_to=("first", 4), after_step=after_step)
+    ((state, position),) = positions
+    assert (position.done, position.left_out) == (3, 4)
+    run(state, watched, stages, skip_to=("first", 4), start=position)
+    np.testing.assert_array_equal(taken, expected)
+
+
 @pytest.mark.parametrize(("bad", "diverges"), [({2, 3, 4}, True), ({2, 3, 5, 6, 8, 9}, False)])
 def test_skipped_steps_in_a_row_end_the_run(model, stages, step, bad, diverges):
     taken = []
@@ -99,8 +121,9 @@ def test_skipped_steps_in_a_row_end_the_run(model, stages, step, bad, diverges):
 
     start = init_state(model, OPTIMIZER)
     if diverges:
-        with pytest.raises(DivergedError, match="3 steps in a row, the last of them step 4, had"):
-            run(start, spoiled, stages, max_skipped=3, log_every=2)
+        with pytest.raises(DivergedError, match="3 steps in a row, the last of them step 4, had") as error:
+            run(start, spoiled, stages, max_skipped=3, log_every=2, skip_to=("first", 2))
+        assert (error.value.step, error.value.phase, error.value.batch) == (2, "first", 6)
     else:
         assert int(run(start, spoiled, stages, max_skipped=3, log_every=2)[0].step) == 9
 

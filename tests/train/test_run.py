@@ -1,5 +1,7 @@
 import dataclasses
 import errno
+import io
+import itertools
 import json
 import math
 import os
@@ -24,9 +26,10 @@ from zamba2_jax.train import run as run_module
 from zamba2_jax.train.config import RunConfig, from_table
 from zamba2_jax.train.directory import NAMES, TRACKERS, claim
 from zamba2_jax.train.loop import DivergedError
-from zamba2_jax.train.metrics import read_records
+from zamba2_jax.train.metrics import as_record, read_records
 from zamba2_jax.train.run import run
 from zamba2_jax.train.step import abstract_state
+from zamba2_jax.train.supervisor import Lifeline
 
 QUIET = Console(quiet=True)
 
@@ -108,7 +111,7 @@ def test_a_run_leaves_what_it_says(whole):
     records = records_of(whole)
     steps = {kind: [record["step"] for record in records if record["kind"] == kind] for kind in ("train", "eval")}
     assert steps == {"train": [3, 5, 6, 7, 10, 12, 13], "eval": [0, 5, 7, 12, 13]}
-    assert records[-1]["loss"] < records[0]["loss"] - 0.3
+    assert losses(records)[-1] < losses(records)[0] - 0.3
     (source,) = whole.evaluation.sources.values()
     texts = [json.loads(line)["text"] for line in Path(source.path).read_text().splitlines()]
     tokenizer = Tokenizer.from_file(str(Path(whole.tokenizer) / "tokenizer.json"))
@@ -119,6 +122,12 @@ def test_a_run_leaves_what_it_says(whole):
     assert all(record["memory"] > 2**27 and 0 <= record["waited"] <= record["seconds"] for record in trained)
     assert [record["utilisation"] for record in trained] == [None] * len(trained)  # nobody knows the peak of a CPU
     assert list((Path(whole.directory) / "profile").rglob("*.xplane.pb"))
+    spent = [as_record(record) for record in records if record["kind"] == "goodput"]
+    assert [of.step for of in spent] == [0, 4, 8, 12, 13]
+    assert all(earlier.seconds < later.seconds for earlier, later in itertools.pairwise(spent))
+    assert all(seconds > 0 for seconds in spent[-1].parts.values())
+    waited = sum(record["waited"] for record in trained)
+    assert waited <= spent[-1].data < waited + 0.1
 
 
 def test_a_run_that_is_told_to_stop_goes_on_as_if_it_never_had(home, whole, stop_at):
@@ -129,7 +138,14 @@ def test_a_run_that_is_told_to_stop_goes_on_as_if_it_never_had(home, whole, stop
         assert int(last_state(values).step) == step
         with (home / "stopped" / "metrics.jsonl").open("a") as metrics:
             metrics.write('{"kind": "tra')  # as a kill in the middle of a line leaves it
-    for _ in range(2):  # the second time there is nothing to do
+    console = Console(file=io.StringIO(), width=300)
+    assert run(values, console)
+    spent = [as_record(record) for record in records_of(values) if record["kind"] == "goodput"]
+    assert [of.first for of in sorted(spent, key=lambda of: (of.began, of.step))] == [
+        *(0, 0, 2, 2, 2, 6, 6, 7, 7, 7, 11, 11, 11)  # at the start, at a checkpoint, and at the end
+    ]
+    assert re.search(r"Of \d+ s: steps \d+\.\d%, .* lost \d+\.\d%", console.file.getvalue())
+    for _ in range(2):  # there is nothing to do
         assert run(values, QUIET)
         assert_equal(last_state(values), last_state(whole))
         assert numbers(records_of(values)) == numbers(records_of(whole))
@@ -140,7 +156,7 @@ def test_phases_can_be_appended(home, whole):
     third = {"name": "third", "steps": 2, "shares": {"b": 1.0}}
     values = config(home, directory=str(home / "longer"), phases=[*table(home)["phases"], third])
     assert run(values, QUIET)
-    assert [record["step"] for record in records_of(values) if record["phase"] == "third"] == [15, 15]
+    assert [record["step"] for record in records_of(values) if record.get("phase") == "third"] == [15, 15]
 
 
 @pytest.mark.slow
@@ -205,10 +221,28 @@ def test_a_run_on_token_files_has_their_tokenizer(tmp_path):
 def test_a_run_that_diverges_ends_and_names_its_last_checkpoint(home, tmp_path):
     phases = [{"name": "steep", "steps": 40, "shares": {"a": 1.0}, "warmup_steps": 6, "decay": "constant"}]
     values = config(home, directory=str(tmp_path / "run"), phases=phases, learning_rate=1e37, max_skipped=5)
+    (tmp_path / "orders.json").write_text(json.dumps({"skip_to": None}))
     with pytest.raises(DivergedError, match=r"5 steps in a row, .*; the last checkpoint is .*/checkpoints/\d+"):
-        run(values, QUIET)
+        run(values, QUIET, Lifeline(tmp_path))
+    step, phase, batch = json.loads((tmp_path / "diverged.json").read_text())
+    assert (phase, batch) == ("steep", step + 4)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(last_state(values).model)))
     assert "5 steps in a row" in (tmp_path / "run" / ".diverged").read_text()
+
+
+def test_a_run_goes_back_and_leaves_batches_out_if_it_is_told_to(whole, tmp_path):
+    shutil.copytree(whole.directory, tmp_path / "run")
+    values = dataclasses.replace(whole, directory=str(tmp_path / "run"))
+    (tmp_path / "orders.json").write_text(json.dumps({"cause": "why", "before": 12, "skip_to": ["second", 3]}))
+    assert run(values, QUIET, Lifeline(tmp_path))
+    assert int((tmp_path / "step").read_text()) == 13
+    with Checkpoints(tmp_path / "run" / "checkpoints", read_only=True) as checkpoints:
+        assert checkpoints.steps == [8, 12, 13]
+        note = json.loads((checkpoints.directory / "13" / "note" / "metadata").read_text())
+    assert (note["done"], note["left_out"]) == (6, 2)  # step 8 took the first batch; the second and third are left out
+    before, after = (losses(records_of(of)) for of in (whole, values))
+    assert [a == b for a, b in zip(after, before, strict=True)] == [True] * 7 + [False] * 5
+    assert records_of(values)[-1]["cause"] == "why"
 
 
 @pytest.mark.filterwarnings("ignore")  # of Orbax, about what it leaves behind

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -44,8 +45,16 @@ def start(tmp_path):
 
     yield start
     for process in running:
+        for child in children(process):
+            os.kill(child, signal.SIGKILL)
         process.kill()
         process.communicate()
+
+
+def children(process):
+    """The processes that a process has started, by their ids."""
+    path = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    return [int(word) for word in path.read_text().split()] if path.exists() else []
 
 
 def outcome(path, directory, **changes):
@@ -134,3 +143,45 @@ def test_two_processes_make_one_run_and_survive_the_loss_of_one(tmp_path, start)
     assert len(read_records(metrics)) < len(whole[0])
     assert finish(start_both("lost")) == [0, 0]
     assert_same(outcome(tmp_path, "lost"), whole)
+
+
+def causes(records):
+    """Why the processes of a run were started again."""
+    started = sorted((record["began"], record["cause"]) for record in records if record["kind"] == "goodput")
+    return list(dict.fromkeys(cause for _, cause in started))
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_and_then_hangs_starts_again_by_itself(tmp_path, start):
+    assert start("whole").wait(timeout=300) == 0
+    metrics, lines = tmp_path / "alone" / "metrics.jsonl", 0
+    process = start("alone", "--restarts", "2", "--hang-timeout", "30")
+    for number in (signal.SIGKILL, signal.SIGSTOP):
+        wait_for_lines(metrics, lines + 6, process)
+        (child,) = children(process)
+        os.kill(child, number)
+        lines = metrics.read_bytes().count(b"\n")
+    assert process.wait(timeout=300) == 0
+    run = outcome(tmp_path, "alone")
+    assert_same(run, outcome(tmp_path, "whole"))
+    first, killed, hung = causes(run[0])
+    assert first is None
+    assert "was ended by SIGKILL" in killed
+    assert "took no step for 30 s" in hung
+    assert f"{hung}; starting it again in" in (tmp_path / "alone.log").read_text()
+
+
+@pytest.mark.slow
+def test_two_supervised_processes_come_back_together(tmp_path, start):
+    join = ("--coordinator", f"localhost:{free_port()}", "--process-count", "2", "--restarts", "5", "--process-id")
+    mesh = {"data": 2, "tensor": 2}
+    processes = [start("both", *join, str(number), devices=2, mesh=mesh) for number in (0, 1)]
+    wait_for_lines(tmp_path / "both" / "metrics.jsonl", 6, processes[0])
+    (child,) = children(processes[1])
+    os.kill(child, signal.SIGKILL)
+    assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    records, _ = outcome(tmp_path, "both")
+    assert {record["step"] for record in records if record["kind"] == "train"} >= {3 * step for step in range(1, 21)}
+    assert len(causes(records)) >= 2
+    log = (tmp_path / "both.log").read_text()
+    assert "was ended by SIGKILL after step" in log

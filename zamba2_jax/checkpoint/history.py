@@ -101,6 +101,15 @@ class Checkpoints:
         with failing_to_write():
             self._manager.save(step, args=items)
 
+    def delete_from(self, step: int) -> None:
+        """Deletes the checkpoints of this step and later ones.
+
+        Raises:
+            OSError: one cannot be deleted.
+        """
+        for each in [each for each in self.steps if each >= step]:
+            self._manager.delete(each)
+
     def wait(self) -> None:
         """Returns when every checkpoint is on disk.
 

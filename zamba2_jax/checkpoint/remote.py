@@ -89,6 +89,11 @@ class RemoteCheckpoints(Checkpoints):
         super().save(step, state, note)
         self._pending = self._thread.submit(self._publish, step)
 
+    def delete_from(self, step: int) -> None:
+        """As `Checkpoints.delete_from`; nothing of them may be in staging."""
+        for each in [each for each in self.steps if each >= step]:
+            self._delete(each)
+
     def wait(self) -> None:
         """Returns when every checkpoint is in the store.
 
@@ -137,12 +142,18 @@ class RemoteCheckpoints(Checkpoints):
 
     def _delete_old(self) -> None:
         for step in self._old():
-            self._committed.discard(step)
-            remote = self._remote / str(step)
-            names = sorted(remote.sizes(), key=lambda name: not name.startswith("commit-"))
-            commits = [name for name in names if name.startswith("commit-")]
-            remote.delete(commits)
-            remote.delete(names[len(commits) :])
+            self._delete(step)
+
+    def _delete(self, step: int) -> None:
+        """Forgets a checkpoint; the first process deletes it."""
+        self._committed.discard(step)
+        if jax.process_index() > 0:
+            return
+        remote = self._remote / str(step)
+        names = sorted(remote.sizes(), key=lambda name: not name.startswith("commit-"))
+        commits = [name for name in names if name.startswith("commit-")]
+        remote.delete(commits)
+        remote.delete(names[len(commits) :])
 
     def _fetch(self, step: int) -> None:
         """Copies a checkpoint to staging.

@@ -21,6 +21,7 @@ class Train:
 
     The same command does both: a run in whose directory there is a checkpoint goes on from the last one. SIGTERM saves
     a checkpoint and ends the run with exit code 0. Several processes that run the same command make one run together.
+    With --restarts the run is in a process of its own, which is started again when it is lost.
     """
 
     config: Path
@@ -35,6 +36,15 @@ class Train:
     """With --coordinator, which of the processes this is, from 0."""
     process_count: int | None = None
     """With --coordinator, how many there are."""
+    restarts: int | None = None
+    """Start the run again, from its last checkpoint, when its process is lost: so many times in a row without a step
+    that is new."""
+    hang_timeout: float | None = None
+    """With --restarts, kill a process that takes no step for so many seconds, evaluation and checkpoint included, and
+    start it again."""
+    skip_diverged: bool = False
+    """With --restarts, have a run that diverges go on from the last checkpoint before that, without the batches in
+    between."""
 
     def run(self) -> int:
         """Trains; 0 if the run is done or was told to stop, 1 if it diverged or lost a process.
@@ -43,17 +53,22 @@ class Train:
             ValueError: an option, the config or the data is not valid.
             OSError: a file cannot be read or written.
         """
+        if self.restarts is not None:
+            return self._supervise(self.restarts)
+        if self.hang_timeout is not None or self.skip_diverged:
+            raise ValueError("--hang-timeout and --skip-diverged are about restarts: expected --restarts with them")
         import jax
 
         from zamba2_jax.train.config import load_config
         from zamba2_jax.train.loop import DivergedError
         from zamba2_jax.train.run import run
+        from zamba2_jax.train.supervisor import Lifeline
 
         config = load_config(self.config, values(self.overrides))
         several = self._join()
         console = Console(highlight=False, quiet=jax.process_index() != 0)
         try:
-            run(config, console)
+            run(config, console, Lifeline.from_environment())
             return 0
         except DivergedError as error:
             print(f"zamba2: {error}", file=sys.stderr)
@@ -69,7 +84,23 @@ class Train:
                 file=sys.stderr,
                 flush=True,
             )
-            os._exit(1)
+            os._exit(2 if isinstance(error, ValueError) else 1)
+
+    def _supervise(self, restarts: int) -> int:
+        """Trains in other processes, one after the other."""
+        from zamba2_jax.train.supervisor import Policy, supervise
+
+        policy = Policy(restarts=restarts, hang_timeout=self.hang_timeout, skip_diverged=self.skip_diverged)
+        words = ["train", "--config", str(self.config), "--set", *values(self.overrides)]
+        joining = {"coordinator": self.coordinator, "process-id": self.process_id, "process-count": self.process_count}
+        for name, value in joining.items():
+            words += [] if value is None else [f"--{name}", str(value)]
+        words += ["--distributed"] if self.distributed else []
+
+        def say(text: str) -> None:
+            print(f"zamba2: {text}", file=sys.stderr, flush=True)
+
+        return supervise([sys.executable, "-m", "zamba2_jax", *words], policy, say)
 
     def _join(self) -> bool:
         """Finds the other processes; whether there are any to find."""

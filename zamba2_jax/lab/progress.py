@@ -8,7 +8,7 @@ from rich.console import Console
 
 from zamba2_jax.lab.result import Outcome
 from zamba2_jax.lab.trials import Trial
-from zamba2_jax.train.metrics import EvalRecord, HealthRecord, Record
+from zamba2_jax.train.metrics import EvalRecord, Record, TrainRecord
 from zamba2_jax.train.schedule import boundaries
 
 
@@ -45,7 +45,7 @@ class Progress:
 
     def __call__(self, trial: Trial, record: Record) -> None:
         """Takes note of one record of a run."""
-        if isinstance(record, HealthRecord):
+        if not isinstance(record, TrainRecord | EvalRecord):
             return
         self._taken[trial.name] = record.step
         held_out = f"held-out {record.held_out} " if isinstance(record, EvalRecord) else "loss "

@@ -13,8 +13,17 @@ from rich.table import Table
 from zamba2_jax.train import directory as layout
 from zamba2_jax.train.config import flatten, nearest, parse_setting
 from zamba2_jax.train.directory import is_running, read_run
+from zamba2_jax.train.goodput import wall_time
 from zamba2_jax.train.health import HealthWatch
-from zamba2_jax.train.metrics import EvalRecord, HealthRecord, Record, TrainRecord, as_record, read_records
+from zamba2_jax.train.metrics import (
+    EvalRecord,
+    GoodputRecord,
+    HealthRecord,
+    Record,
+    TrainRecord,
+    as_record,
+    read_records,
+)
 from zamba2_jax.train.schedule import boundaries
 
 UNIQUE = "directory"
@@ -75,7 +84,8 @@ class Run:
         """Its numbers by name; those that it has no record for are not there.
 
         Names are those of TensorBoard where these have the number: "train/loss", "eval/prose/accuracy"; of the last
-        record, but for "eval/prose/best_loss", the lowest so far, at step "eval/prose/best_step".
+        record, but for "eval/prose/best_loss", the lowest so far, at step "eval/prose/best_step"; "goodput", the share
+        of steps in the wall time of the run, and the seconds of all its parts, as "wall/steps".
         """
         train = self.train
         found: dict[str, float] = {"steps": max((record.step for record in self.records), default=0)}
@@ -99,6 +109,9 @@ class Run:
                 "best_step": best.step,
             }
             found |= {f"eval/{name}/{key}": value for key, value in values.items() if value is not None}
+        wall = wall_time([record for record in self.records if isinstance(record, GoodputRecord)])
+        if total := sum(wall.values()):
+            found |= {"goodput": wall["steps"] / total, **{f"wall/{part}": value for part, value in wall.items()}}
         return found | {"warnings": len(self.warnings)}
 
 
@@ -165,7 +178,8 @@ def metric_names(runs: Sequence[Run], chosen: Sequence[str] = ()) -> list[str]:
         if name not in known:
             raise ValueError(f"--metrics {name}: no run has it, expected some of {', '.join(known)}")
     rare = ("steps", "seconds", "grad_norm", "bits_per_byte", "best_step")
-    return list(chosen) or [name for name in known if name.split("/")[-1] not in rare]
+    shown = [name for name in known if name.split("/")[-1] not in rare and not name.startswith("wall/")]
+    return list(chosen) or shown
 
 
 def sort(runs: Sequence[Run], name: str) -> list[Run]:
@@ -267,7 +281,7 @@ def _number(name: str, run: Run, baseline: Run | None) -> str:
 def _form(name: str) -> str:
     """How the numbers of a metric are written."""
     last = name.split("/")[-1]
-    return ".1%" if last == "accuracy" else ".4f" if "loss" in last or last == "bits_per_byte" else ",.6g"
+    return ".1%" if last in ("accuracy", "goodput") else ".4f" if "loss" in last or last == "bits_per_byte" else ",.6g"
 
 
 def _text(value: Any) -> str:

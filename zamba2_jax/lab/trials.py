@@ -81,7 +81,10 @@ def add_variant(
         raise ValueError(f"two variants are named {name!r}: expected distinct names")
     try:
         run = recipe.run_config(config) if isinstance(config, ModelConfig) else config
-        variants[name] = with_overrides(run, overrides) if overrides else run
+        run = with_overrides(run, overrides) if overrides else run
+        if run.meshes:
+            raise ValueError("meshes is given: expected mesh, which is the same for all runs")
+        variants[name] = run
     except ValueError as error:
         raise ValueError(f"variant {name!r}: {error}") from error
 

@@ -1,8 +1,10 @@
 """Batches and signals where a run spans several processes, each with some of the mesh's devices."""
 
 import contextlib
+import dataclasses
+import math
 import signal
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -26,6 +28,21 @@ def run_mesh(sizes: MeshSizes) -> Mesh:
             f"of the {jax.process_count()} processes"
         )
     return mesh
+
+
+def choose_mesh(allowed: Sequence[MeshSizes]) -> MeshSizes:
+    """The one of some meshes that takes the most of the devices that are there; of several, the first.
+
+    Raises:
+        ValueError: there are too few devices for any of them; or, with several processes, none takes all devices.
+    """
+    count, several = jax.device_count(), jax.process_count() > 1
+    sizes = [math.prod(dataclasses.astuple(mesh)) for mesh in allowed]
+    fitting = [size for size in sizes if (size == count if several else size <= count)]
+    if not fitting:
+        taken = f"all {count} devices of the {jax.process_count()} processes" if several else f"at most {count} devices"
+        raise ValueError(f"meshes take {', '.join(map(str, sizes))} devices: expected one that takes {taken}")
+    return allowed[sizes.index(max(fitting))]
 
 
 def host_share(mesh: Mesh, batch_size: int, length: int) -> tuple[int, int]:

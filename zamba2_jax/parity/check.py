@@ -24,6 +24,8 @@ class Limits:
     Attributes:
         logits: largest relative error of our logits against PyTorch's.
         gradient: largest relative error of our gradient of any one parameter against PyTorch's.
+        apart: largest relative error of anything against PyTorch's or the oracle's. Beyond it a side is wrong, or they
+            do not mean the same.
         ratio: our error against the oracle over PyTorch's, for every kind of evidence.
         exact: an error against the oracle below this is exact enough, whatever PyTorch's is.
         loss: the same for the loss, a single number, whose error says little against another's.
@@ -32,6 +34,7 @@ class Limits:
 
     logits: float
     gradient: float
+    apart: float
     ratio: float
     exact: float
     loss: float
@@ -42,8 +45,8 @@ def limits_for(dtype: str, *, full: bool) -> Limits:
     """The limits for a compute dtype; `full`: a model of a released size, which sums more numbers."""
     if dtype == "float32":
         logits = 1e-4 if full else 2e-5
-        return Limits(logits=logits, gradient=1e-4, ratio=1.2, exact=1.2e-7, loss=4.8e-7, greedy=True)
-    return Limits(logits=np.inf, gradient=np.inf, ratio=1.2, exact=1.2e-7, loss=2.0**-9, greedy=False)
+        return Limits(logits=logits, gradient=1e-4, apart=1e-3, ratio=1.2, exact=1.2e-7, loss=4.8e-7, greedy=True)
+    return Limits(logits=np.inf, gradient=np.inf, apart=0.3, ratio=1.2, exact=1.2e-7, loss=2.0**-9, greedy=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +166,11 @@ def report(case: str, rows: Iterable[Row], limits: Limits) -> Report:
         limit = by_group.get(row.group, np.inf)
         if not row.relative <= limit:
             failures.append(f"{row.name}: relative error {row.relative:.1e}, at most {limit:.0e} allowed")
+        elif row.group != "greedy" and not max(row.relative, row.our_error) <= limits.apart:
+            failures.append(
+                f"{row.name}: relative error {row.relative:.1e} against PyTorch, {row.our_error:.1e} against float64, "
+                f"at most {limits.apart:.0e} allowed"
+            )
     for group in GROUPS:
         whole = summarize(rows, group)
         exact = limits.loss if group == "loss" else limits.exact

@@ -25,7 +25,7 @@ class States(NamedTuple):
 
 def _recurrent(config: Any, values: Mapping[str, np.ndarray], real: np.ndarray) -> Items:
     """As PyTorch keeps them: all channels of the convolutions, [b, e + 2gn, past] or [b, e, past], and [b, h, p, n]."""
-    conv = [value for name, value in values.items() if name.startswith("mamba.conv_")]
+    conv = [values[name] for name in ("mamba.conv_x_state", "mamba.conv_bc_state") if name in values]
     return {"conv_state": np.concatenate(conv, axis=-1).swapaxes(1, 2), "ssm_state": values["mamba.ssm_state"]}
 
 

@@ -213,6 +213,8 @@ class RunConfig:
         dtype: of the weight matrices; vectors are float32.
         step: how a step is computed: its compute dtype, parts of a batch, what is kept for the backward pass.
         mesh: over which the run is divided.
+        meshes: in place of `mesh`, those that it may be divided over. At each start that is taken which the devices
+            that are there allow; see `parallel.hosts.choose_mesh`.
         checkpoints, evaluation, logging: what is written, and when.
         max_skipped: so many steps in a row whose loss or gradient is not finite stop the run.
 
@@ -235,6 +237,7 @@ class RunConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     step: StepConfig = dataclasses.field(default_factory=StepConfig)
     mesh: MeshSizes = dataclasses.field(default_factory=MeshSizes)
+    meshes: tuple[MeshSizes, ...] = ()
     checkpoints: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
@@ -263,6 +266,11 @@ class RunConfig:
             _require(seed is None or 0 <= seed < 2**31, name, seed, "an integer in [0, 2^31)")
         for pattern, factor in self.init_scale.items():
             _require(0 < factor < math.inf, f"init_scale.{pattern}", factor, "a finite number > 0")
+        for number, mesh in enumerate(self.meshes):
+            sizes = dataclasses.asdict(mesh)
+            _require(min(sizes.values()) >= 1, f"meshes.{number}", sizes, "all sizes at least 1")
+        alone = not self.meshes or self.mesh == MeshSizes()
+        _require(alone, "mesh", dataclasses.asdict(self.mesh), "none, since meshes is given")
         none = not self.init_scale or self.model.hf is None
         _require(none, "init_scale", self.init_scale, f"none, since model.hf={self.model.hf!r} gives the weights")
         start = self.logging.profile_start
@@ -354,14 +362,13 @@ def from_table(kind: type[T], table: Any, place: str = "") -> T:
 
 
 # What may differ when a run goes on: it changes where, how fast and how often, but not the numbers, except by rounding.
-_FREE = ("directory", "mesh", "checkpoints", "evaluation", "logging", "max_skipped")
+_FREE = ("directory", "mesh", "meshes", "checkpoints", "evaluation", "logging", "max_skipped")
 
 
 def differences(before: RunConfig, now: RunConfig) -> list[str]:
     """What forbids a run to go on with another config, a line each.
 
-    Phases may be appended, and sources for them. The mesh, checkpoints, evaluation, logging, and of the step all but
-    the z-loss may differ.
+    Phases may be appended, and sources for them. What is in `_FREE`, and of the step all but the z-loss, may differ.
     """
     old, new = before.as_dict(), now.as_dict()
     for tree in (old, new):

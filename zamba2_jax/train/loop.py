@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from zamba2_jax.data.batches import Batch, Source, batches
+from zamba2_jax.train.goodput import Clock
 from zamba2_jax.train.health import health_record
 from zamba2_jax.train.metrics import EvalRecord, HealthRecord, Report, TrainRecord
 from zamba2_jax.train.schedule import Phase, boundaries
@@ -72,6 +73,7 @@ class Position:
         unreported: the steps that no record covers yet, the values of `StepMetrics` of each.
         seconds, waited: what they took; see `TrainRecord`.
         bad: how many of the last steps, without a gap, were skipped, up to the last record.
+        left_out: batches of the stage that no step has taken.
     """
 
     stage: int
@@ -81,10 +83,21 @@ class Position:
     seconds: float
     waited: float
     bad: int
+    left_out: int = 0
 
 
 class DivergedError(RuntimeError):
-    """Too many steps in a row had a loss or a gradient that was not finite."""
+    """Too many steps in a row had a loss or a gradient that was not finite.
+
+    Attributes:
+        step: the first of them.
+        phase: of the last of them.
+        batch: what the last of them took, counted from 1 over the batches of the phase.
+    """
+
+    def __init__(self, message: str, *, step: int, phase: str, batch: int):
+        super().__init__(message)
+        self.step, self.phase, self.batch = step, phase, batch
 
 
 AfterStep = Callable[[TrainState, int, Callable[[], Position]], bool]
@@ -106,6 +119,8 @@ def train(
     after_step: AfterStep = lambda state, taken, position: False,
     max_skipped: float = math.inf,
     step_config: StepConfig = DEFAULT,
+    clock: Clock | None = None,
+    skip_to: tuple[str, int] | None = None,
 ) -> TrainState:
     """Runs the stages one after the other.
 
@@ -126,6 +141,9 @@ def train(
         after_step: is called after every step and its records.
         max_skipped: steps skipped in a row, seen when a record is made, that end the run.
         step_config: how evaluations are computed.
+        clock: is told of the time that goes into data and evaluation, not into steps.
+        skip_to: a phase, and the batch, counted from 1 over those of the phase, up to which none is taken any more. The
+            phase has as many steps as ever, and takes batches that come later.
 
     Returns:
         The state after the last step, or after that at which `after_step` stopped the run.
@@ -138,16 +156,25 @@ def train(
     for name, value in intervals.items():
         if value is not None and value < 1:
             raise ValueError(f"{name}={value}: expected an integer >= 1")
+    clock = clock or Clock()
     if start is None:
-        _evaluate(state, stages[0].phase, 0, held_out, report, step_config)
+        with clock.during("evaluation"):
+            _evaluate(state, stages[0].phase, 0, held_out, report, step_config)
     log, ends = _Log(start), boundaries([stage.phase for stage in stages])
     for number, ((phase, stream), end) in enumerate(zip(stages, ends, strict=True)):
         first, done = end - phase.steps, _done_in(start, number, phase)
         with contextlib.closing(iter(stream)) as data:
+            log.first, log.left_out = first, 0
             if start is not None and start.stage == number:
                 data.set_state(start.data)
+                log.left_out = start.left_out
+            if skip_to is not None and skip_to[0] == phase.name:
+                with clock.during("data"):
+                    log.leave_out(data, skip_to[1] - done)
             while done < phase.steps:
-                state, metrics = step(state, log.next_batch(data))
+                with clock.during("data"):
+                    batch = log.next_batch(data)
+                state, metrics = step(state, batch)
                 log.metrics.append(dataclasses.replace(metrics, health=None))
                 done += 1
                 due = done % eval_every == 0 or done == phase.steps
@@ -158,7 +185,8 @@ def train(
                         report(_health_record(state, metrics, phase, first + done))
                     report(record)
                     if due:
-                        _evaluate(state, phase, first + done, held_out, report, step_config)
+                        with clock.during("evaluation"):
+                            _evaluate(state, phase, first + done, held_out, report, step_config)
                     log.start_clock()
                 if after_step(state, first + done, partial(_position, number, done, data, log)):
                     return state
@@ -171,12 +199,14 @@ class _Log:
     Attributes:
         metrics: of each step, without its health.
         waited: seconds that they waited for their batches.
-        bad: as in `Position`.
+        bad, left_out: as in `Position`.
+        first: steps of the run before the stage.
     """
 
     def __init__(self, start: Position | None):
         self.metrics = [] if start is None else [_metrics(row) for row in start.unreported]
         self.waited, self.bad = (0.0, 0) if start is None else (start.waited, start.bad)
+        self.first = self.left_out = 0
         self._begin = time.perf_counter() - (0 if start is None else start.seconds)
 
     @property
@@ -195,6 +225,12 @@ class _Log:
         self.waited += time.perf_counter() - begin
         return batch
 
+    def leave_out(self, data: Iterator[Batch], count: int) -> None:
+        """Leaves batches out until there are `count` that the stage has left out."""
+        while self.left_out < count:
+            next(data)
+            self.left_out += 1
+
     def make_record(self, phase: Phase, step: int, max_skipped: float) -> TrainRecord:
         """The record of the steps up to `step`, which are then forgotten.
 
@@ -207,7 +243,10 @@ class _Log:
             if self.bad >= max_skipped:
                 raise DivergedError(
                     f"{self.bad} steps in a row, the last of them step {number}, had a loss or a gradient that is not "
-                    "finite, and were skipped"
+                    "finite, and were skipped",
+                    step=number - self.bad + 1,
+                    phase=phase.name,
+                    batch=number - self.first + self.left_out,
                 )
         finite = [float(metrics.loss) for metrics in steps if math.isfinite(metrics.loss)]
         record = TrainRecord(
@@ -242,6 +281,7 @@ def _position(stage: int, done: int, data: grain.DatasetIterator[Batch], log: _L
         seconds=log.seconds,
         waited=log.waited,
         bad=log.bad,
+        left_out=log.left_out,
     )
 
 

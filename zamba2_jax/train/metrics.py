@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, get_args
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,7 +127,47 @@ class HealthRecord:
 HEALTHY_RATIOS = (0.05, 3.0)
 """Of `CallHealth`: between idle and drowning. A run warns further out, see `train.health`."""
 
-Record = TrainRecord | EvalRecord | HealthRecord
+Part = Literal["steps", "data", "compile", "checkpoint", "evaluation", "start"]
+"""What a process of a run spends wall time on; `start` is what comes before the first step, without compiling."""
+PARTS: tuple[Part, ...] = get_args(Part)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GoodputRecord:
+    """What a process of a run has spent its wall time on up to a checkpoint; see `train.goodput`.
+
+    Attributes:
+        step: steps taken since the start of the run.
+        first: those that earlier processes had taken.
+        began: when the process began, in UTC, as ISO 8601 writes it; which process it is.
+        cause: why `zamba2 train --restarts` started the process; None where it did not.
+        steps, data, compile, checkpoint, evaluation, start: seconds since then, all of them; steps without the waiting
+            for batches, checkpoints as far as steps waited for them.
+    """
+
+    step: int
+    first: int
+    began: str
+    cause: str | None = None
+    steps: float = 0.0
+    data: float = 0.0
+    compile: float = 0.0
+    checkpoint: float = 0.0
+    evaluation: float = 0.0
+    start: float = 0.0
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Seconds by part."""
+        return {part: getattr(self, part) for part in PARTS}
+
+    @property
+    def seconds(self) -> float:
+        """Since the process began."""
+        return sum(self.parts.values())
+
+
+Record = TrainRecord | EvalRecord | HealthRecord | GoodputRecord
 Report = Callable[[Record], None]
 
 
@@ -192,7 +232,8 @@ def scalars(record: Record) -> dict[str, float]:
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The lines of a run, each step's last one of its kind, in the order of the steps.
 
-    A run that was interrupted repeats steps that came after its last checkpoint. A last line without its end, which is
+    A run that was interrupted repeats steps that came after its last checkpoint; of kind "goodput" the last line of a
+    step is kept for each process. A last line without its end, which is
     being written or was cut off, is left out.
 
     Raises:
@@ -208,7 +249,9 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         if not isinstance(lines[-1], dict) or lines[-1].get("kind") not in KINDS.values() or "step" not in lines[-1]:
             raise ValueError(f"{path}, line {number}: expected a record of kind {', '.join(KINDS.values())}")
     order = list(KINDS.values())
-    last = {(line["step"], order.index(line["kind"]), line.get("held_out", "")): line for line in lines}
+    last = {
+        (line["step"], order.index(line["kind"]), line.get("held_out") or line.get("began", "")): line for line in lines
+    }
     return [last[key] for key in sorted(last)]
 
 
@@ -231,7 +274,7 @@ def as_record(line: Mapping[str, Any]) -> Record:
             }
             groups = {name: GroupHealth(**_numbers(group)) for name, group in line["groups"].items()}
             return HealthRecord(phase=line["phase"], step=line["step"], calls=calls, groups=groups)
-        kind = TrainRecord if line["kind"] == KINDS[TrainRecord] else EvalRecord
+        kind = next(kind for kind, name in KINDS.items() if name == line["kind"])
         fields = [field for field in dataclasses.fields(kind) if field.name in line]
         values = {
             field.name: _number(line[field.name]) if field.default is dataclasses.MISSING else line[field.name]
@@ -270,13 +313,18 @@ def bits_per_byte(nats_per_token: float, tokens: int, size: int) -> float:
     return nats_per_token / math.log(2) * tokens / size
 
 
-KINDS = {HealthRecord: "health", TrainRecord: "train", EvalRecord: "eval"}
+KINDS: dict[type[Record], str] = {
+    HealthRecord: "health",
+    TrainRecord: "train",
+    EvalRecord: "eval",
+    GoodputRecord: "goodput",
+}
 """What each kind of record is called, in the order in which those of a step come."""
 
 
 def _values(record: Record) -> dict[str, Any]:
     values = dataclasses.asdict(record)
-    return values if isinstance(record, HealthRecord) else values | {"perplexity": record.perplexity}
+    return values | {"perplexity": record.perplexity} if isinstance(record, TrainRecord | EvalRecord) else values
 
 
 def _finite(value: Any) -> Any:

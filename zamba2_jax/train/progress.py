@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from zamba2_jax.train.health import HealthWatch, worst
-from zamba2_jax.train.metrics import EvalRecord, HealthRecord, Record, TrainRecord
+from zamba2_jax.train.metrics import EvalRecord, GoodputRecord, HealthRecord, Record, TrainRecord
 from zamba2_jax.train.schedule import Phase, boundaries
 
 _LINES_PER_PHASE = 8
@@ -48,7 +48,9 @@ class ProgressView:
         self._bars.stop()
 
     def __call__(self, record: Record) -> None:
-        """Shows one record."""
+        """Shows one record, but for the times of processes."""
+        if isinstance(record, GoodputRecord):
+            return
         steps = self._steps[record.phase]
         done = record.step - self._ends[record.phase] + steps
         if isinstance(record, EvalRecord):

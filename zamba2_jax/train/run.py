@@ -23,20 +23,24 @@ from zamba2_jax.data.synthetic import AnySource, open_source
 from zamba2_jax.models.flops import train_flops
 from zamba2_jax.models.registry import init_model
 from zamba2_jax.nn.config import ModelConfig
-from zamba2_jax.parallel.hosts import host_share, place, preemption, run_mesh
+from zamba2_jax.parallel.hosts import choose_mesh, host_share, place, preemption, run_mesh
 from zamba2_jax.parallel.mesh import check_mesh
 from zamba2_jax.text.tokenizer import Tokenizer
 from zamba2_jax.train import directory as layout
 from zamba2_jax.train.config import LoggingConfig, RunConfig
+from zamba2_jax.train.goodput import Clock, describe
 from zamba2_jax.train.loop import AfterStep, DivergedError, Position, Stage, make_stages, train
 from zamba2_jax.train.metrics import (
     EvalRecord,
+    GoodputRecord,
     JsonLines,
     Record,
     Report,
     TensorBoard,
     TrainRecord,
+    as_record,
     bits_per_byte,
+    read_records,
     tee,
 )
 from zamba2_jax.train.patterns import check_patterns, scale_matrices
@@ -45,10 +49,11 @@ from zamba2_jax.train.progress import ProgressView
 from zamba2_jax.train.schedule import boundaries, learning_rate
 from zamba2_jax.train.stacks import parameter_names
 from zamba2_jax.train.step import TrainState, abstract_batch, abstract_state, compile_train_step, init_state
+from zamba2_jax.train.supervisor import Lifeline
 from zamba2_jax.train.trackers import check_installed, open_trackers
 
 
-def run(config: RunConfig, console: Console) -> bool:
+def run(config: RunConfig, console: Console, lifeline: Lifeline | None = None) -> bool:
     """Trains from where the run in `config.directory` stands, or from the beginning, to the end.
 
     Everything that can be wrong with config, data, mesh and directory is found before the first step. With several
@@ -57,6 +62,7 @@ def run(config: RunConfig, console: Console) -> bool:
     Args:
         config: of the run.
         console: where to show it; one that is quiet in all processes but the first.
+        lifeline: to what supervises this process.
 
     Returns:
         Whether the run is done; if not, it was told to stop by SIGTERM, and has left a checkpoint.
@@ -67,6 +73,7 @@ def run(config: RunConfig, console: Console) -> bool:
         OSError: a file or directory cannot be read or written; with a checkpoint the last good one is named.
         DivergedError: `config.max_skipped` steps in a row were not finite.
     """
+    clock = Clock()
     with contextlib.ExitStack() as stack:
         preempted = stack.enter_context(preemption())
         place = stack.enter_context(layout.open_run(config.directory))
@@ -75,9 +82,12 @@ def run(config: RunConfig, console: Console) -> bool:
         keep = config.checkpoints
         checkpoints = stack.enter_context(place.checkpoints(keep_last=keep.keep_last, keep_every=keep.keep_every))
         total = boundaries(config.phases)[-1]
+        lifeline = lifeline or Lifeline()
+        if lifeline.orders.before is not None:
+            checkpoints.delete_from(lifeline.orders.before)
         if not checkpoints.steps or checkpoints.steps[-1] < total:
             try:
-                _go_on(plan, checkpoints, preempted, console, stack)
+                _go_on(plan, checkpoints, preempted, console, stack, clock, lifeline)
             except jax.errors.JaxRuntimeError as error:
                 if not str(error).startswith("RESOURCE_EXHAUSTED"):
                     raise
@@ -87,7 +97,16 @@ def run(config: RunConfig, console: Console) -> bool:
                 ) from error
         done = checkpoints.steps[-1]
         console.print(f"{done} of {total} steps are done; the last checkpoint is {checkpoints.latest}", soft_wrap=True)
+        if jax.process_index() == 0:
+            _show_goodput(plan.directory / layout.METRICS, console)
         return done == total
+
+
+def _show_goodput(path: Path, console: Console) -> None:
+    lines = read_records(path) if path.is_file() else []
+    records = [record for record in map(as_record, lines) if isinstance(record, GoodputRecord)]
+    if text := describe(records):
+        console.print(text, soft_wrap=True)
 
 
 class _Plan(NamedTuple):
@@ -112,7 +131,9 @@ class _Plan(NamedTuple):
 
 def _prepare(config: RunConfig, directory: Path, console: Console) -> _Plan:
     """Finds what can be wrong, opens the data, and writes down what the run is."""
-    mesh = run_mesh(config.mesh)
+    mesh = run_mesh(choose_mesh(config.meshes) if config.meshes else config.mesh)
+    if config.meshes:
+        console.print(f"The mesh is {', '.join(f'{axis}={size}' for axis, size in mesh.shape.items())}")
     if jax.process_index() == 0:
         check_installed(config.logging.trackers)
     architecture = layout.resolve_architecture(config, directory)
@@ -205,45 +226,62 @@ def _go_on(
     preempted: Callable[[int], bool],
     console: Console,
     stack: contextlib.ExitStack,
+    clock: Clock,
+    lifeline: Lifeline,
 ) -> None:
     """Trains from the last checkpoint to the end, or until it is told to stop, and saves."""
     config, mesh, optimizer = plan.config, plan.mesh, plan.config.optimizer.transformation()
+    orders = lifeline.orders
     taken = checkpoints.steps[-1] if checkpoints.steps else 0
     console.print(f"Compiling; {taken} of {boundaries(config.phases)[-1]} steps are done")
     report = _open_reports(plan, taken, console, stack) if jax.process_index() == 0 else _ignore
     state, start = _start(plan, optimizer, checkpoints)
     schedule = learning_rate(config.phases, config.learning_rate)
-    step = compile_train_step(
-        state,
-        abstract_batch(config.batch_size, config.length, mesh),
-        optimizer=optimizer,
-        schedule=schedule,
-        config=config.step,
-        health_every=config.logging.health_every or None,
-    )
-    profiler = stack.enter_context(_Profiler(config.logging, plan.directory / layout.PROFILE))
-    try:
-        train(
+    with clock.during("compile"):
+        step = compile_train_step(
             state,
-            lambda state, batch: step(state, place(batch, mesh, config.batch_size)),
-            plan.stages,
-            held_out=plan.data.held_out,
-            log_every=config.logging.every,
-            eval_every=config.evaluation.every,
-            report=report,
+            abstract_batch(config.batch_size, config.length, mesh),
+            optimizer=optimizer,
+            schedule=schedule,
+            config=config.step,
             health_every=config.logging.health_every or None,
-            start=start,
-            after_step=_after_step(config, checkpoints, preempted, profiler),
-            max_skipped=config.max_skipped,
-            step_config=config.step,
         )
-        checkpoints.wait()
+    report(clock.record(step=taken, first=taken, cause=orders.cause))
+    profiler = stack.enter_context(_Profiler(config.logging, plan.directory / layout.PROFILE))
+
+    def saved(step: int) -> None:
+        report(clock.record(step=step, first=taken, cause=orders.cause))
+
+    try:
+        with clock.during("steps"):
+            train(
+                state,
+                lambda state, batch: step(state, place(batch, mesh, config.batch_size)),
+                plan.stages,
+                held_out=plan.data.held_out,
+                log_every=config.logging.every,
+                eval_every=config.evaluation.every,
+                report=report,
+                health_every=config.logging.health_every or None,
+                start=start,
+                after_step=_after_step(config, checkpoints, preempted, profiler, clock, saved, lifeline),
+                skip_to=orders.skip_to,
+                max_skipped=config.max_skipped,
+                step_config=config.step,
+                clock=clock,
+            )
+        with clock.during("checkpoint"):
+            checkpoints.wait()
+        saved(checkpoints.steps[-1])
     except (DivergedError, OSError) as error:
-        kind = DivergedError if isinstance(error, DivergedError) else OSError
-        if isinstance(error, DivergedError) and jax.process_index() == 0:
-            (plan.directory / layout.DIVERGED).write_text(f"{error}\n", encoding="utf-8")
         kept = f"the last checkpoint is {checkpoints.latest}" if checkpoints.steps else "there is no checkpoint yet"
-        raise kind(f"{error}; {kept}") from error
+        message = f"{error}; {kept}"
+        if not isinstance(error, DivergedError):
+            raise OSError(message) from error
+        lifeline.diverged(error.step, error.phase, error.batch)
+        if jax.process_index() == 0:
+            (plan.directory / layout.DIVERGED).write_text(f"{error}\n", encoding="utf-8")
+        raise DivergedError(message, step=error.step, phase=error.phase, batch=error.batch) from error
 
 
 def _start(
@@ -277,16 +315,26 @@ def fresh_state(
 
 
 def _after_step(
-    config: RunConfig, checkpoints: Checkpoints, preempted: Callable[[int], bool], profiler: "_Profiler"
+    config: RunConfig,
+    checkpoints: Checkpoints,
+    preempted: Callable[[int], bool],
+    profiler: "_Profiler",
+    clock: Clock,
+    saved: Callable[[int], None],
+    lifeline: Lifeline,
 ) -> AfterStep:
-    """Saves when it is time, or when the run is to stop."""
+    """Saves when it is time, or when the run is to stop; then calls `saved` with the step."""
     total = boundaries(config.phases)[-1]
 
     def after_step(state: TrainState, taken: int, position: Callable[[], Position]) -> bool:
         profiler.after_step(taken, state)
+        lifeline.took(taken)
         stop = preempted(taken)
         if stop or taken % config.checkpoints.every == 0 or taken == total:
-            checkpoints.save(taken, state, dataclasses.asdict(position()))
+            note = dataclasses.asdict(position())  # the last step is done: the time to save is only that
+            with clock.during("checkpoint"):
+                checkpoints.save(taken, state, note)
+            saved(taken)
         return stop
 
     return after_step
