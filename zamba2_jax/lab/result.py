@@ -1,7 +1,6 @@
 """What came of the runs: of each, and over seeds."""
 
 import dataclasses
-import functools
 import json
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -261,7 +260,7 @@ def write_model(model: LanguageModel, tokenizer: Tokenizer | None, directory: Pa
     """Writes the model of a run as a Hugging Face checkpoint, with the tokenizer that is there already."""
     if tokenizer is not None:
         architecture = with_token_ids(model.config, tokenizer)
-        like = jax.eval_shape(functools.partial(init_model, architecture, rngs=nnx.Rngs(0), dtype=model.dtype))
+        like = jax.eval_shape(lambda: init_model(architecture, rngs=nnx.Rngs(0), dtype=model.dtype))
         model = with_values(like, {name: leaf.get_value() for name, leaf in named_parameters(model).items()})
     save_hf(model, directory / MODEL)
     if (directory / layout.TOKENIZER).is_dir():
