@@ -9,7 +9,7 @@ from tests.helpers import SMALL, random_model, random_tokens
 from zamba2_jax import preset
 from zamba2_jax.data.batches import Batch
 from zamba2_jax.models.layers import groups
-from zamba2_jax.models.zamba2.config import HybridPlan
+from zamba2_jax.nn.config import HybridPlan
 from zamba2_jax.nn.linear import LowRankSum
 from zamba2_jax.train.step import SCANNED_FROM, StepConfig, loss_and_gradient
 

@@ -51,12 +51,16 @@ COMMANDS = {
     "plan": Entry(
         "zamba2_jax.cli.plan",
         "Plan",
-        "Compile the training step for a slice of TPUs, without the TPUs, and say what it takes.",
+        "Compile a step of training or inference for a slice of TPUs, without the TPUs, and say what it takes.",
     ),
     "parity": Entry(
         "zamba2_jax.cli.parity", "Parity", "Compare this package with PyTorch and both with a float64 oracle."
     ),
-    "sweep": Entry("zamba2_jax.cli.sweep", "Sweep", "Train variants of a run with several seeds, and compare them."),
+    "sweep": Entry(
+        "zamba2_jax.cli.sweep",
+        "Sweep",
+        "Train variants of a run with several seeds, those of one shape together, and compare them.",
+    ),
     "runs": Entry("zamba2_jax.cli.runs", "Runs", "Compare training runs: settings, numbers, curves."),
     "tokenize": Entry("zamba2_jax.cli.tokenize", "Tokenize", "Turn texts into token files to train on."),
     "train": Entry("zamba2_jax.cli.train", "Train", "Train a model, or go on with a run that was interrupted."),

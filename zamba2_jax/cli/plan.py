@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Compile a training step, prefill or a decode step for a slice of TPUs, without the TPUs, and say what it takes.
+    """Compile a step of training or inference for a slice of TPUs, without the TPUs, and say what it takes.
 
     Prints memory per chip, operations, bytes moved in memory and between chips, the time each of them takes at least
     and which is the longest: a bound from the compiler's program, not a measurement. Exits with 1 if the program does
