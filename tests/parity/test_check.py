@@ -182,7 +182,9 @@ def test_a_clamped_time_step_has_no_reference(run, name):
 
 @pytest.mark.parametrize("run", [check, check_streaming])
 def test_a_family_that_transformers_does_not_have_is_refused(run):
-    with pytest.raises(ValueError, match="parity of model_type 'test-gla': expected one of zamba2, mamba2, llama"):
+    with pytest.raises(
+        ValueError, match="parity of model_type 'test-gla': expected one of zamba2, zamba, mamba2, llama"
+    ):
         run(Case("foreign", GLAConfig(hidden_size=8, num_layers=1)))
 
 
