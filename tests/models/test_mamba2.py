@@ -1,6 +1,7 @@
 """Mamba2 as a language model of its own, through all that a family has to do; parity is in `tests/parity`."""
 
 import dataclasses
+import importlib
 import json
 
 import jax
@@ -76,6 +77,7 @@ def in_pytorch(model, directory, dtype="float32"):
 @pytest.fixture
 def torch_in_float64(monkeypatch):
     """transformers computes norms and scans in float32; then in float64."""
+    importlib.import_module("safetensors.torch")  # it lists dtypes when it is first imported
     monkeypatch.setattr(torch, "float32", torch.float64)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
 
