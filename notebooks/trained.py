@@ -5,7 +5,6 @@ It is trained in well under a minute, once: the next notebook finds it in the us
 
 import dataclasses
 import hashlib
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -17,6 +16,7 @@ from flax import nnx
 import zamba2_jax
 from zamba2_jax import Zamba2, load_hf, load_tokenizer, preset, save_hf
 from zamba2_jax.data.synthetic import Copying, Synthetic, open_synthetic
+from zamba2_jax.files import user_caches
 from zamba2_jax.text.tokenizer import Tokenizer
 from zamba2_jax.text.vocabulary import save_tokenizer, train_tokenizer
 from zamba2_jax.train.loop import make_stages, train
@@ -43,7 +43,7 @@ TASK = Copying(symbols=24, lengths=(2, 20), distinct=True)
 
 def copying_model() -> tuple[Zamba2, Tokenizer]:
     """The model of `train_copying_model`, from the user's cache, where it is put if this code has made none before."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zamba2-jax" / "notebooks"
+    cache = user_caches() / "notebooks"
     directory = cache / _fingerprint()
     if not directory.exists():
         model, tokenizer = train_copying_model()

@@ -1,8 +1,11 @@
 """Files: texts and JSON that are read as others write them, and files and directories that are never half-written."""
 
+import contextlib
 import json
+import math
+import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,6 +49,38 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def finite(value: Any) -> Any:
+    """Nested tables and lists for JSON, which has no numbers that are not finite: None in their place."""
+    if isinstance(value, Mapping):
+        return {name: finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def user_caches() -> Path:
+    """The directory of this package in the user's cache directory; `XDG_CACHE_HOME` is respected."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "zamba2-jax"
+
+
+@contextlib.contextmanager
+def exclusively(path: Path, busy: str) -> Iterator[None]:
+    """Holds a lock file, which is made if need be, against the other processes of this machine.
+
+    Raises:
+        BlockingIOError: another process holds it; says `busy`.
+        OSError: it cannot be written.
+    """
+    import fcntl  # which only Unix has
+
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(busy) from None
+        yield
 
 
 def write_json(path: Path, value: Mapping[str, Any] | Sequence[Any]) -> None:

@@ -1,7 +1,6 @@
 """Mamba2 as a language model of its own, through all that a family has to do; parity is in `tests/parity`."""
 
 import dataclasses
-import importlib
 import json
 
 import jax
@@ -12,6 +11,8 @@ from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
 from tests.helpers import abstract_model, assert_close, forward, pad_rows, random_model, random_tokens
+from tests.models import proofs
+from tests.models.pytorch import in_pytorch, logits_of, relative, torch, transformers
 from tests.train import runs
 from zamba2_jax import (
     Sampling,
@@ -20,7 +21,6 @@ from zamba2_jax import (
     decode_step,
     generate,
     load_hf,
-    next_token_loss,
     prefill,
     preset,
     save_hf,
@@ -33,13 +33,8 @@ from zamba2_jax.models.flops import forward_flops
 from zamba2_jax.models.mamba2.weights import tensors
 from zamba2_jax.nn.cache import NO_LIMIT
 from zamba2_jax.nn.parameter import named_parameters
-from zamba2_jax.parallel.mesh import make_mesh, shard_model
 from zamba2_jax.train.export import export
 from zamba2_jax.train.run import run
-from zamba2_jax.train.step import StepConfig, loss_and_gradient
-
-torch = pytest.importorskip("torch", reason="needs PyTorch, of the parity extra")
-transformers = pytest.importorskip("transformers", reason="needs transformers, of the parity extra")
 
 TINY = preset("mamba2-tiny")
 OTHER = dataclasses.replace(
@@ -57,37 +52,6 @@ OTHER = dataclasses.replace(
 )
 VARIANTS = {"tiny": TINY, "biases, untied, clamped dt, other sizes": OTHER}
 SMALL = dataclasses.replace(TINY, num_layers=2, vocab_size=32)
-
-
-def relative(actual, expected):
-    actual, expected = (np.asarray(array, np.float64) for array in (actual, expected))
-    return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
-
-
-def in_pytorch(model, directory, dtype="float32"):
-    """The model as transformers reads it from what `save_hf` writes."""
-    save_hf(model, directory)
-    theirs, report = transformers.Mamba2ForCausalLM.from_pretrained(
-        directory, dtype=getattr(torch, dtype), output_loading_info=True
-    )
-    assert not any(report.values()), report
-    return theirs.eval()
-
-
-@pytest.fixture
-def torch_in_float64(monkeypatch):
-    """transformers computes norms and scans in float32; then in float64."""
-    importlib.import_module("safetensors.torch")  # it lists dtypes when it is first imported
-    monkeypatch.setattr(torch, "float32", torch.float64)
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-
-
-def logits_of(theirs, tokens, segment_ids=None):
-    """Of transformers."""
-    tokens, mask = (
-        None if array is None else torch.tensor(np.asarray(array)).long() for array in (tokens, segment_ids)
-    )
-    return theirs(tokens, attention_mask=mask).logits
 
 
 def test_a_clamped_pass_is_that_of_pytorch_in_value_and_gradient(x64, torch_in_float64, tmp_path):
@@ -169,10 +133,7 @@ def test_names_of_the_backbone_alone_and_of_mamba_ssm_are_known(tmp_path):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_table_holds_every_parameter_once(name):
-    listed = {part.path: part.size for tensor in tensors(VARIANTS[name]) for part in tensor.parts}
-    parameters = named_parameters(abstract_model(VARIANTS[name]))
-    assert sum(len(tensor.parts) for tensor in tensors(VARIANTS[name])) == len(listed)
-    assert listed.keys() == parameters.keys()
+    proofs.the_table_holds_every_parameter_once(VARIANTS[name])
 
 
 @pytest.mark.parametrize("config", [SMALL, OTHER], ids=["small", "other"])
@@ -191,15 +152,7 @@ def test_a_pass_is_a_prefill_and_steps(x64, config):
 
 
 def test_documents_stay_apart(x64):
-    model = random_model(SMALL, jnp.float64)
-    a, b = np.split(np.asarray(random_tokens(SMALL, 9)), [5])
-    tokens, ids = pad_rows([a, b], 12, lead=[2, 0])
-    tokens, ids = tokens.at[0, 7:11].set(b), ids.at[0, 7:11].set(2)
-    logits = forward(model, tokens, ids)
-    alone = [forward(model, jnp.asarray(row[None]))[0] for row in (a, b)]
-    assert_close(logits[0, 2:7], alone[0], 1e-12)
-    assert_close(logits[0, 7:11], alone[1], 1e-12)
-    assert_close(logits[1, :4], alone[1], 1e-12)
+    proofs.documents_stay_apart(SMALL)
 
 
 def test_it_writes_and_scores():
@@ -214,14 +167,7 @@ def test_it_writes_and_scores():
 
 @pytest.mark.parametrize("sizes", [{"fsdp": 2, "tensor": 2}, {"data": 2, "tensor": 2, "sequence": 2}], ids=str)
 def test_scans_and_meshes_train_by_the_gradient_of_the_plain_pass(x64, sizes):
-    model, tokens = random_model(SMALL, jnp.float64), random_tokens(SMALL, 4, 16)
-    ids = jnp.asarray([[1] * 7 + [2] * 9, [1] * 16, [1] * 12 + [0] * 4, [1] * 3 + [2] * 13])
-    expected = jax.jit(jax.value_and_grad(lambda model: next_token_loss(model, tokens, ids)[0]))(model)
-    step = StepConfig(scan_layers=True, remat="layer")
-    mesh = make_mesh(**sizes)
-    with jax.set_mesh(mesh):
-        found = jax.jit(lambda model: loss_and_gradient(model, Batch(tokens, ids), step))(shard_model(model, mesh))
-    assert_close(jax.device_get(found), expected, 1e-11)
+    proofs.a_scan_on_a_mesh_trains_by_the_gradient_of_the_plain_pass(SMALL, sizes)
 
 
 def test_what_its_layers_are_worth_is_measured():

@@ -1,7 +1,6 @@
 """Zamba1: against PyTorch, and through all that a family has to do."""
 
 import dataclasses
-import importlib
 import json
 
 import jax
@@ -12,7 +11,9 @@ from flax import nnx
 from rich.console import Console
 from safetensors.numpy import load_file, save_file
 
-from tests.helpers import abstract_model, assert_close, forward, pad_rows, random_model, random_tokens
+from tests.helpers import assert_close, forward, pad_rows, random_model, random_tokens
+from tests.models import proofs
+from tests.models.pytorch import in_pytorch, logits_of, relative, torch, transformers
 from tests.train import runs
 from zamba2_jax import (
     Backend,
@@ -23,23 +24,17 @@ from zamba2_jax import (
     generate,
     init_model,
     load_hf,
-    next_token_loss,
     prefill,
     preset,
     save_hf,
     score,
 )
 from zamba2_jax.cli.main import main
-from zamba2_jax.data.batches import Batch
 from zamba2_jax.models.zamba1.weights import tensors
 from zamba2_jax.nn.parameter import named_parameters
 from zamba2_jax.parallel.mesh import make_mesh, shard_model
 from zamba2_jax.train.export import export
 from zamba2_jax.train.run import run
-from zamba2_jax.train.step import StepConfig, loss_and_gradient
-
-torch = pytest.importorskip("torch", reason="needs PyTorch, of the parity extra")
-transformers = pytest.importorskip("transformers", reason="needs transformers, of the parity extra")
 
 TINY = preset("zamba1-tiny")
 OTHER = dataclasses.replace(
@@ -63,29 +58,6 @@ VARIANTS = {
 SMALL = dataclasses.replace(TINY, num_layers=3, hybrid_layer_ids=(0, 2), vocab_size=32)
 
 
-def relative(actual, expected):
-    actual, expected = (np.asarray(array, np.float64) for array in (actual, expected))
-    return np.linalg.norm(actual - expected) / np.linalg.norm(expected)
-
-
-def in_pytorch(model, directory, dtype="float32"):
-    """The model as transformers reads it from what `save_hf` writes."""
-    save_hf(model, directory)
-    theirs, report = transformers.ZambaForCausalLM.from_pretrained(
-        directory, dtype=getattr(torch, dtype), output_loading_info=True
-    )
-    assert not any(report.values()), report
-    return theirs.eval()
-
-
-@pytest.fixture
-def torch_in_float64(monkeypatch):
-    """transformers computes norms and scans in float32; then in float64."""
-    importlib.import_module("safetensors.torch")  # it lists dtypes when it is first imported
-    monkeypatch.setattr(torch, "float32", torch.float64)
-    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
-
-
 def batch_of(config):
     """A row of 21 tokens, and one with padding: before it, or after it where transformers lets biases leak out of it.
 
@@ -94,14 +66,6 @@ def batch_of(config):
     tokens = 1 + random_tokens(config, 34) % (config.vocab_size - 1)  # PyTorch gives the padding token no gradient
     rows = np.split(np.asarray(tokens), [21])
     return pad_rows(rows, 21, lead=[0, 0 if config.use_proj_bias else 8])
-
-
-def logits_of(theirs, tokens, segment_ids=None):
-    """Of transformers."""
-    tokens, mask = (
-        None if array is None else torch.tensor(np.asarray(array)).long() for array in (tokens, segment_ids)
-    )
-    return theirs(tokens, attention_mask=mask).logits
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -195,10 +159,7 @@ def test_slices_for_a_mesh_are_read_from_alternating_rows_and_heads(tmp_path):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_the_table_holds_every_parameter_once(name):
-    listed = {part.path: part.size for tensor in tensors(VARIANTS[name]) for part in tensor.parts}
-    parameters = named_parameters(abstract_model(VARIANTS[name]))
-    assert sum(len(tensor.parts) for tensor in tensors(VARIANTS[name])) == len(listed)
-    assert listed.keys() == parameters.keys()
+    proofs.the_table_holds_every_parameter_once(VARIANTS[name])
 
 
 def test_it_begins_as_transformers_does():
@@ -228,15 +189,7 @@ def test_a_pass_is_a_prefill_in_pieces_and_steps(x64, config):
 
 
 def test_documents_stay_apart(x64):
-    model = random_model(SMALL, jnp.float64)
-    a, b = np.split(np.asarray(random_tokens(SMALL, 9)), [5])
-    tokens, ids = pad_rows([a, b], 12, lead=[2, 0])
-    tokens, ids = tokens.at[0, 7:11].set(b), ids.at[0, 7:11].set(2)
-    logits = forward(model, tokens, ids)
-    alone = [forward(model, jnp.asarray(row[None]))[0] for row in (a, b)]
-    assert_close(logits[0, 2:7], alone[0], 1e-12)
-    assert_close(logits[0, 7:11], alone[1], 1e-12)
-    assert_close(logits[1, :4], alone[1], 1e-12)
+    proofs.documents_stay_apart(SMALL)
 
 
 def test_it_writes_and_scores():
@@ -275,14 +228,7 @@ MESHES = [{"fsdp": 2, "tensor": 2}, {"data": 2, "tensor": 4}, {"data": 2, "tenso
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_scans_and_meshes_train_by_the_gradient_of_the_plain_pass(x64, sizes):
     """Of three heads, which no mesh here divides."""
-    model, tokens = random_model(SMALL, jnp.float64), random_tokens(SMALL, 4, 16)
-    ids = jnp.asarray([[1] * 7 + [2] * 9, [1] * 16, [1] * 12 + [0] * 4, [1] * 3 + [2] * 13])
-    expected = jax.jit(jax.value_and_grad(lambda model: next_token_loss(model, tokens, ids)[0]))(model)
-    step = StepConfig(scan_layers=True, remat="layer")
-    mesh = make_mesh(**sizes)
-    with jax.set_mesh(mesh):
-        found = jax.jit(lambda model: loss_and_gradient(model, Batch(tokens, ids), step))(shard_model(model, mesh))
-    assert_close(jax.device_get(found), expected, 1e-11)
+    proofs.a_scan_on_a_mesh_trains_by_the_gradient_of_the_plain_pass(SMALL, sizes)
 
 
 def test_a_mesh_writes_what_one_device_does(x64):

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from zamba2_jax.cli.output import check_json_option, table_console
-from zamba2_jax.files import write_json
+from zamba2_jax.files import finite, write_json
 
 if TYPE_CHECKING:
     from zamba2_jax.check.compare import Finding
@@ -67,7 +67,8 @@ class Check:
         console.print(advice(found), markup=False, highlight=False, soft_wrap=True)
         if self.json is not None:
             rows = [dataclasses.asdict(finding) for finding in found]
-            write_json(self.json, {"device": _device(), "jax": jax.__version__, "advice": advice(found), "rows": rows})
+            values = {"device": _device(), "jax": jax.__version__, "advice": advice(found), "rows": rows}
+            write_json(self.json, finite(values))
         return 1 if any(map(is_wrong, found)) else 0
 
 

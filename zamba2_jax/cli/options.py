@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from zamba2_jax.files import user_caches
 from zamba2_jax.models.registry import read_config
 from zamba2_jax.nn.config import ModelConfig
 
@@ -113,5 +113,4 @@ def keep_compiled_programs() -> None:
     import jax
 
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
-        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(caches / "zamba2-jax" / "compiled"))
+        jax.config.update("jax_compilation_cache_dir", str(user_caches() / "compiled"))

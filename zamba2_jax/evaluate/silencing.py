@@ -8,6 +8,7 @@ All parts take one compiled program, in which an array of switches says what is 
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
@@ -23,7 +24,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from zamba2_jax.data.batches import Batch
-from zamba2_jax.files import write_atomically
+from zamba2_jax.files import finite, write_atomically
 from zamba2_jax.inference.sampling import log_probability
 from zamba2_jax.interpret.taps import tap_names
 from zamba2_jax.models.base import LanguageModel
@@ -121,14 +122,10 @@ class Necessity:
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON: parts by name, numbers that are not finite as None."""
-
-        def finite(value: float) -> float | None:
-            return value if math.isfinite(value) else None
-
         fields = ("loss", "increase", "error", "accuracy")
-        parts = {of.part.name: {name: finite(getattr(of, name)) for name in fields} for of in self.silenced}
-        whole = {name: finite(getattr(self, name)) for name in ("loss", "accuracy")}
-        return {**whole, "tokens": self.tokens, "rows": self.rows, "silenced": parts}
+        parts = {of.part.name: {name: getattr(of, name) for name in fields} for of in self.silenced}
+        whole = {name: getattr(self, name) for name in ("loss", "accuracy", "tokens", "rows")}
+        return finite({**whole, "silenced": parts})
 
     def table(self, quantity: Literal["loss", "accuracy"] = "loss") -> Table:
         """For the terminal, a row per place and a column per kind.
@@ -198,7 +195,8 @@ class Necessity:
         return [kind for kind in KINDS if kind in present], cells
 
 
-def parts(config: ModelConfig) -> list[Part]:
+@functools.cache
+def parts(config: ModelConfig) -> tuple[Part, ...]:
     """All parts of such a model that can be silenced: each by itself, and then those of a kind together.
 
     Besides those of all layers together there are those of the hybrid and of the plain layers, where a layer is hybrid.
@@ -214,7 +212,7 @@ def parts(config: ModelConfig) -> list[Part]:
     groups = together("all", layers, [kind for kind in KINDS if kind != "layer"])
     if hybrid:
         groups += [*together("hybrid", hybrid, ("mixer", "layer")), *together("plain", plain, ("mixer", "layer"))]
-    return [*single, *(part for part in groups if part.layers)]
+    return (*single, *(part for part in groups if part.layers))
 
 
 def _kinds_by_layer(model: LanguageModel) -> list[set[Kind]]:

@@ -132,10 +132,9 @@ def fit_variants(
     with contextlib.ExitStack() as stack:
         if home is not None:
             stack.enter_context(layout.claim(home, marker=SWEEP, names=()))
-            moved = [trial.config for trial in trials]
             trials = [
-                trial._replace(config=dataclasses.replace(config, directory=str(home / trial.name)))
-                for trial, config in zip(trials, moved, strict=True)
+                trial._replace(config=dataclasses.replace(trial.config, directory=str(home / trial.name)))
+                for trial in trials
             ]
         session = _Session(tuple(necessity), home, report)
         done = {} if home is None else session.read_done(trials)

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
+from zamba2_jax.files import finite
 from zamba2_jax.train import directory as layout
 from zamba2_jax.train.config import flatten, nearest, parse_setting
 from zamba2_jax.train.directory import is_running, read_run
@@ -232,7 +233,7 @@ def as_dict(run: Run, baseline: Run | None = None) -> dict[str, Any]:
     if baseline is not None:
         both = [name for name in run.metrics if name in baseline.metrics]
         values["differences"] = {name: run.metrics[name] - baseline.metrics[name] for name in both}
-    return _finite(values)
+    return finite(values)
 
 
 def _find(path: Path) -> Iterable[Path]:
@@ -286,9 +287,3 @@ def _form(name: str) -> str:
 
 def _text(value: Any) -> str:
     return "-" if value is None else str(value)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _finite(inner) for name, inner in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value

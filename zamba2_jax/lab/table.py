@@ -9,6 +9,8 @@ import numpy as np
 from rich.table import Table as RichTable
 from scipy import stats
 
+from zamba2_jax.files import finite
+
 CONFIDENCE = 0.95
 """Of the intervals."""
 
@@ -90,17 +92,13 @@ class Table:
 
     def as_dicts(self) -> list[dict[str, Any]]:
         """A dict for each row, for JSON or a data frame; numbers that are not finite are None."""
-
-        def finite(value: Any) -> Any:
-            return None if isinstance(value, float) and not math.isfinite(value) else value
-
         names = [field.name for field in dataclasses.fields(Difference)]
         found = []
         for row in self.rows:
             values = {field.name: getattr(row, field.name) for field in dataclasses.fields(row)}
             apart = values.pop("difference")
             values |= {f"difference_{name}": getattr(apart, name, None) for name in names}
-            found.append({key: finite(value) for key, value in values.items()})
+            found.append(finite(values))
         return found
 
     def _heads(self) -> list[str]:

@@ -25,7 +25,7 @@ from zamba2_jax.models.base import LanguageModel
 from zamba2_jax.nn.config import ModelConfig
 from zamba2_jax.ops.placement import platform
 from zamba2_jax.parallel.hosts import place, run_mesh
-from zamba2_jax.parallel.mesh import MeshSizes, make_mesh
+from zamba2_jax.parallel.mesh import MeshSizes, bytes_per_device, make_mesh
 from zamba2_jax.train.run import fresh_state
 from zamba2_jax.train.schedule import boundaries, learning_rate
 from zamba2_jax.train.step import StepMetrics, TrainState, TrainStep, abstract_batch, abstract_state, train_step
@@ -120,10 +120,9 @@ def state_bytes(group: Group) -> int:
     config = group.trials[0].config
     mesh = run_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        state = abstract_state(group.architecture, config.optimizer.transformation(), mesh, config.dtype)
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)
-    )
+        return bytes_per_device(
+            abstract_state(group.architecture, config.optimizer.transformation(), mesh, config.dtype)
+        )
 
 
 def available_memory() -> int | None:

@@ -12,6 +12,7 @@ from zamba2_jax.ops.placement import platform
 from zamba2_jax.ops.segments import document_index
 from zamba2_jax.ops.selective_scan_reference import selective_scan_sequential
 from zamba2_jax.ops.selective_scan_xla import selective_scan_xla
+from zamba2_jax.ops.shapes import check_shapes
 from zamba2_jax.typing import Array, Float, Int, at_least_fp32
 
 SelectiveImplementation = Literal["xla", "sequential"]
@@ -108,8 +109,6 @@ def _check_shapes(
     if x.ndim != 4 or A.ndim != 3:
         raise ValueError(f"x has shape {x.shape} and A {A.shape}, expected [b, t, h, p] and [h, p, n]")
     (b, t, h, p), n = x.shape, A.shape[2]
-    if t == 0:
-        raise ValueError(f"x has shape {x.shape}: expected at least one token")
     expected = {
         "dt": (dt, (b, t, h, p)),
         "A": (A, (h, p, n)),
@@ -119,6 +118,4 @@ def _check_shapes(
         "initial_state": (initial_state, (b, h, p, n)),
         "segment_ids": (segment_ids, (b, t)),
     }
-    for name, (array, shape) in expected.items():
-        if array is not None and array.shape != shape:
-            raise ValueError(f"{name} has shape {array.shape}, expected {shape} for x of shape {x.shape}")
+    check_shapes(x, expected)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from zamba2_jax.choices import Implementation
 from zamba2_jax.ops.decay import MAX_CHUNK, log_decays
 from zamba2_jax.ops.placement import kernels, on_one_cpu, platform
+from zamba2_jax.ops.shapes import check_shapes
 from zamba2_jax.ops.ssd_pallas_tpu import ssd_pallas_tpu
 from zamba2_jax.ops.ssd_reference import ssd_associative, ssd_sequential
 from zamba2_jax.ops.ssd_xla import ssd_xla
@@ -143,8 +144,6 @@ def _check_shapes(
     if x.ndim != 4 or B.ndim != 4:
         raise ValueError(f"x has shape {x.shape} and B {B.shape}, expected [b, t, h, p] and [b, t, g, n]")
     (b, t, h, p), (g, n) = x.shape, B.shape[2:]
-    if t == 0:
-        raise ValueError(f"x has shape {x.shape}: expected at least one token")
     if h % g:
         raise ValueError(f"{h} heads do not divide into {g} groups")
     expected = {
@@ -156,6 +155,4 @@ def _check_shapes(
         "initial_state": (initial_state, (b, h, p, n)),
         "segment_ids": (segment_ids, (b, t)),
     }
-    for name, (array, shape) in expected.items():
-        if array is not None and array.shape != shape:
-            raise ValueError(f"{name} has shape {array.shape}, expected {shape} for x of shape {x.shape}")
+    check_shapes(x, expected)

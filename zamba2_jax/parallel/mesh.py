@@ -309,3 +309,8 @@ def _checked_spec(shape: tuple[int, ...], axes: Axes, mesh: Mesh | AbstractMesh)
 def _named(axis: str | None, mesh: Mesh | AbstractMesh) -> str:
     """The mesh axes of a logical axis, and their sizes."""
     return "mesh " + ", ".join(f"{name}={mesh.shape[name]}" for name in _mesh_axes(axis))
+
+
+def bytes_per_device(tree: object) -> int:
+    """Bytes of the arrays of a tree, or of their shapes with their shardings, on one device."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))

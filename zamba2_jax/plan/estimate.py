@@ -1,7 +1,6 @@
 """Compiles the training step for a slice and says what it takes there."""
 
 import dataclasses
-import math
 import time
 from collections.abc import Mapping
 from typing import Self
@@ -10,7 +9,7 @@ import jax
 
 from zamba2_jax.models.flops import executed_flops, train_flops
 from zamba2_jax.nn.config import ModelConfig
-from zamba2_jax.parallel.mesh import check_mesh
+from zamba2_jax.parallel.mesh import bytes_per_device, check_mesh
 from zamba2_jax.plan.chips import Slice
 from zamba2_jax.plan.hlo import Traffic, traffic
 from zamba2_jax.train.optimizer import AdamW
@@ -184,8 +183,8 @@ def estimate(job: Job, slice: Slice, sizes: Mapping[str, int]) -> Estimate:
         useful=train_flops(job.config, job.length) * tokens,
         tokens=tokens,
         compile_time=seconds,
-        parameters=bytes_per_chip(state.model),
-        optimizer=bytes_per_chip(state.opt_state),
+        parameters=bytes_per_device(state.model),
+        optimizer=bytes_per_device(state.opt_state),
     )
 
 
@@ -202,8 +201,3 @@ def compile_for(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, float
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise DoesNotFitError(str(error).splitlines()[0]) from error
-
-
-def bytes_per_chip(tree: object) -> int:
-    """Bytes of the arrays of a tree, or of their shapes with their places, on one chip."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -19,9 +19,9 @@ from zamba2_jax.nn.cache import Cache
 from zamba2_jax.nn.config import ModelConfig
 from zamba2_jax.ops.attention import most_blocks
 from zamba2_jax.ops.backend import Backend, default_backend
-from zamba2_jax.parallel.mesh import abstract_on_mesh, check_mesh, parts
+from zamba2_jax.parallel.mesh import abstract_on_mesh, bytes_per_device, check_mesh, parts
 from zamba2_jax.plan.chips import Slice
-from zamba2_jax.plan.estimate import Bounds, bytes_per_chip, compile_for
+from zamba2_jax.plan.estimate import Bounds, compile_for
 from zamba2_jax.typing import Array
 
 
@@ -132,8 +132,8 @@ def estimate_inference(job: InferenceJob, slice: Slice, sizes: Mapping[str, int]
         tokens=job.tokens,
         compile_time=seconds,
         unknown_trips=most_blocks(job.length, job.length) if job.task == "prefill" else 1,
-        weights=bytes_per_chip(model),
-        caches=bytes_per_chip(cache),
+        weights=bytes_per_device(model),
+        caches=bytes_per_device(cache),
     )
 
 

@@ -1,7 +1,6 @@
 """Local stand-ins for what is in an object store: copies to read from, and directories that are copied there."""
 
 import contextlib
-import fcntl
 import fnmatch
 import hashlib
 import os
@@ -14,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
-from zamba2_jax.files import write_directory_atomically
+from zamba2_jax.files import exclusively, user_caches, write_directory_atomically
 from zamba2_jax.storage.remote import RemoteDirectory, is_remote, local_files
 
 T = TypeVar("T")
@@ -27,8 +26,7 @@ MIRROR_SECONDS = 30
 
 def cache_directory() -> Path:
     """Where this user's copies of remote files are kept."""
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return caches / "zamba2-jax" / "storage"
+    return user_caches() / "storage"
 
 
 def local_copy(source: str | os.PathLike[str], patterns: Sequence[str]) -> str | os.PathLike[str]:
@@ -132,11 +130,7 @@ def scratch(url: str, number: int = 0) -> Iterator[Path]:
     if home.stat().st_uid != os.getuid():
         raise PermissionError(f"{home} belongs to another user: expected a directory of our own")
     name = f"{hashlib.sha256(url.encode()).hexdigest()[:16]}-{number}"
-    with (home / f"{name}.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BlockingIOError(f"another process of this machine is running in {url}") from None
+    with exclusively(home / f"{name}.lock", f"another process of this machine is running in {url}"):
         shutil.rmtree(home / name, ignore_errors=True)
         (home / name).mkdir()
         try:

@@ -17,7 +17,7 @@ from zamba2_jax.checkpoint.history import Checkpoints
 from zamba2_jax.checkpoint.remote import RemoteCheckpoints
 from zamba2_jax.data.corpus import embedded_tokenizer
 from zamba2_jax.data.sources import SourceConfig
-from zamba2_jax.files import write_directory_atomically, write_json
+from zamba2_jax.files import exclusively, write_directory_atomically, write_json
 from zamba2_jax.nn.config import ModelConfig
 from zamba2_jax.storage.local import Mirror, scratch
 from zamba2_jax.storage.remote import RemoteDirectory, is_remote
@@ -156,11 +156,7 @@ def claim(directory: Path, *, marker: str = CONFIG, names: Collection[str] = NAM
         raise FileExistsError(f"{directory} is a file: expected a directory for the run")
     directory.mkdir(parents=True, exist_ok=True)
     _refuse_foreign(str(directory), {path.name for path in directory.iterdir()}, marker, names)
-    with (directory / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BlockingIOError(f"another process is running in {directory}") from None
+    with exclusively(directory / ".lock", f"another process is running in {directory}"):
         yield
 
 

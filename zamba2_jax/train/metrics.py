@@ -8,6 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, get_args
 
+from zamba2_jax.files import finite
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainRecord:
@@ -233,8 +235,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     """The lines of a run, each step's last one of its kind, in the order of the steps.
 
     A run that was interrupted repeats steps that came after its last checkpoint; of kind "goodput" the last line of a
-    step is kept for each process. A last line without its end, which is
-    being written or was cut off, is left out.
+    step is kept for each process. A last line without its end, which is being written or was cut off, is left out.
 
     Raises:
         ValueError: a line is not a record in JSON.
@@ -257,7 +258,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 def as_line(record: Record) -> dict[str, Any]:
     """A record for JSON, as `read_records` gives it; a number that is not finite is None."""
-    return _finite({"kind": KINDS[type(record)], **_values(record)})
+    return finite({"kind": KINDS[type(record)], **_values(record)})
 
 
 def as_record(line: Mapping[str, Any]) -> Record:
@@ -325,15 +326,6 @@ KINDS: dict[type[Record], str] = {
 def _values(record: Record) -> dict[str, Any]:
     values = dataclasses.asdict(record)
     return values | {"perplexity": record.perplexity} if isinstance(record, TrainRecord | EvalRecord) else values
-
-
-def _finite(value: Any) -> Any:
-    """The value for JSON."""
-    if isinstance(value, Mapping):
-        return {name: _finite(inner) for name, inner in value.items()}
-    if isinstance(value, tuple):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
