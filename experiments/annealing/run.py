@@ -100,7 +100,7 @@ def write(result: Result, annealed_from: int, texts: Mapping[str, list[Batch]], 
                 "variant": outcome.variant,
                 "seed": outcome.seed,
                 "metrics": [outcome.metrics.get(metric) for metric in METRICS],
-                "ratios": ratios(outcome),
+                "ratios": [round(ratio, 3) for ratio in outcome.ratios()],
             }
             for outcome in result.outcomes
         ],
@@ -129,12 +129,6 @@ def held_out_rows(config: RunConfig) -> dict[str, list[Batch]]:
     copying = open_synthetic(config.evaluation.sources["copying"], corpus.tokenizer, vocab_size=vocabulary)
     texts = {**corpus.held_out, "copying": copying}
     return {name: held_out(text, batch_size=32, length=LENGTH)[:2] for name, text in texts.items()}
-
-
-def ratios(outcome: Outcome) -> list[float]:
-    """rms(shared output) / rms(residual) of all calls, at the last look."""
-    last = [line for line in outcome.records if line["kind"] == "health"][-1]
-    return [round(call["ratio"], 3) for call in last["calls"].values()]
 
 
 def needs(outcome: Outcome, texts: Mapping[str, list[Batch]]) -> dict[str, dict[str, float]]:

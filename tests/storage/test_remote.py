@@ -1,6 +1,7 @@
 """The room for paths by itself, over fsspec's store in memory: nothing in it knows which store it is."""
 
 import time
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from zamba2_jax.files import write_json
 from zamba2_jax.storage import local
 from zamba2_jax.storage.local import Mirror, growing_file, local_copy, scratch, write_directory
-from zamba2_jax.storage.remote import RemoteDirectory, local_files
+from zamba2_jax.storage.remote import RemoteDirectory, is_remote, local_files
 
 
 @pytest.fixture
@@ -120,3 +121,10 @@ def test_a_growing_file_goes_on_with_what_is_there(remote):
 def test_a_store_that_is_none_is_named(url):
     with pytest.raises(ValueError, match=f"{url}: expected a local path, s3:// or gs://"):
         RemoteDirectory(url)
+
+
+def test_a_url_with_too_few_slashes_is_no_local_path():
+    for url in ("s3:/bucket/a", "s3:bucket/a", Path("s3://bucket/a")):
+        with pytest.raises(ValueError, match=r"s3:/?bucket/a: expected s3://bucket/a, or a local path"):
+            is_remote(url)
+    assert not is_remote("a:b/c")

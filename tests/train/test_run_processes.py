@@ -185,3 +185,35 @@ def test_two_supervised_processes_come_back_together(tmp_path, start):
     assert len(causes(records)) >= 2
     log = (tmp_path / "both.log").read_text()
     assert "was ended by SIGKILL after step" in log
+
+
+FEWER = """
+import json, os
+from pathlib import Path
+place = os.environ.get("ZAMBA2_SUPERVISOR")
+if place and json.loads((Path(place) / "orders.json").read_text())["cause"]:
+    os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+"""
+"""What Python runs in every process first; a run that was started again then finds two devices."""
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_by_itself_on_what_devices_are_left(tmp_path, start, monkeypatch):
+    meshes = [{"fsdp": 2, "tensor": 2}, {"fsdp": 2}]
+    assert start("whole", devices=4, meshes=meshes).wait(timeout=300) == 0
+    (tmp_path / "sitecustomize.py").write_text(FEWER)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    process = start("alone", "--restarts", "1", devices=4, meshes=meshes)
+    wait_for_lines(tmp_path / "alone" / "metrics.jsonl", 9, process)
+    (child,) = children(process)
+    os.kill(child, signal.SIGKILL)
+    assert process.wait(timeout=300) == 0
+    said = process.stdout.read()
+    before, after = (line for line in said.splitlines() if line.startswith("The mesh is"))
+    assert "fsdp=2, tensor=2" in before
+    assert "fsdp=2, tensor=1" in after
+    whole, alone = (read_records(tmp_path / directory / "metrics.jsonl") for directory in ("whole", "alone"))
+    assert ["was ended by SIGKILL" in cause for cause in causes(alone)[1:]] == [True]
+    # The same rows; but sums over other devices, of which training makes more at every step.
+    np.testing.assert_allclose(losses(alone)[:15], losses(whole)[:15], rtol=1e-5)
+    np.testing.assert_allclose(losses(alone), losses(whole), rtol=1e-2)

@@ -309,7 +309,6 @@ class _Session:
         records: list[Record] = []
         with contextlib.ExitStack() as stack:
             stack.enter_context(jax.set_mesh(program.mesh))
-            stack.callback(program.leave, trial)
             write = stack.enter_context(self._writer(trial, group, reads))
 
             def report(record: Record) -> None:
@@ -321,28 +320,7 @@ class _Session:
                     if self._report is not None:
                         self._report(trial.name, record)
 
-            error = model = None
-            try:
-                state, step = program.begin(trial)
-                state = train(
-                    state,
-                    step,
-                    reads.data.stages(config, program.mesh),
-                    held_out=reads.data.held_out,
-                    log_every=config.logging.every,
-                    eval_every=config.evaluation.every,
-                    report=report,
-                    health_every=config.logging.health_every or None,
-                    after_step=lambda state, taken, position: self._stop.is_set(),
-                    max_skipped=config.max_skipped,
-                    step_config=config.step,
-                )
-                if self._stop.is_set():
-                    raise _StoppedError(trial.name)
-                model = state.model
-            except DivergedError as diverged:
-                error = str(diverged)
-            program.leave(trial)
+            model, error = self._train(trial, program, reads.data, report)
             seconds = time.perf_counter() - begin
             needed = {} if model is None else self._needed(model, reads.data)
             outcome = Outcome(
@@ -366,6 +344,38 @@ class _Session:
         with self._lock:
             progress.finish(outcome)
         return outcome
+
+    def _train(
+        self, trial: Trial, program: Program, data: Data, report: Report
+    ) -> tuple[LanguageModel | None, str | None]:
+        """The model at the end of a run; or None, and how the run diverged.
+
+        Raises:
+            _StoppedError: another run has failed meanwhile.
+        """
+        config = trial.config
+        try:
+            state, step = program.begin(trial)
+            state = train(
+                state,
+                step,
+                data.stages(config, program.mesh),
+                held_out=data.held_out,
+                log_every=config.logging.every,
+                eval_every=config.evaluation.every,
+                report=report,
+                health_every=config.logging.health_every or None,
+                after_step=lambda state, taken, position: self._stop.is_set(),
+                max_skipped=config.max_skipped,
+                step_config=config.step,
+            )
+            if self._stop.is_set():
+                raise _StoppedError(trial.name)
+            return state.model, None
+        except DivergedError as diverged:
+            return None, str(diverged)
+        finally:
+            program.leave(trial)
 
     @contextlib.contextmanager
     def _writer(self, trial: Trial, group: Group, reads: _Reads) -> Iterator[Report]:

@@ -93,6 +93,11 @@ class Outcome:
         values = [np.nan if line.get(key) is None else line[key] for line in lines]
         return np.array([line["step"] for line in lines], np.int64), np.array(values, np.float64)
 
+    def ratios(self) -> list[float]:
+        """rms(shared output) / rms(residual) of every call of a shared block, when health was last looked at."""
+        looks = [line["calls"] for line in self.records if line["kind"] == "health"]
+        return [call["ratio"] for call in looks[-1].values()] if looks else []
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Result:

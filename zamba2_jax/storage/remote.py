@@ -20,8 +20,18 @@ _EXTRAS = {"s3": "s3", "gs": "gcs", "gcs": "gcs"}
 
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is the URL of something in an object store."""
-    return "://" in os.fspath(path)
+    """Whether a path is the URL of something in an object store.
+
+    Raises:
+        ValueError: it begins as such a URL, but has not two slashes.
+    """
+    name = os.fspath(path)
+    if "://" in name:
+        return True
+    scheme, colon, rest = name.partition(":")
+    if colon and scheme in _EXTRAS:
+        raise ValueError(f"{name}: expected {scheme}://{rest.lstrip('/')}, or a local path")
+    return False
 
 
 class RemoteDirectory:
