@@ -81,3 +81,72 @@ def test_variants_of_annealing_differ_in_that_phase_alone():
     assert len({str(config.phases) for config in configs.values()}) == len(configs)
     results = json.loads((ANNEALING / "results.json").read_text())
     assert list(dict.fromkeys(run["variant"] for run in results["runs"])) == list(variants)
+
+
+FAMILIES, SHARED_BLOCKS, WIDTH = (EXPERIMENTS / name for name in ("families", "shared_blocks", "width"))
+
+
+def run_quickly(experiment, directory, monkeypatch):
+    """What `--quick` writes."""
+    monkeypatch.setattr(sys, "argv", ["run.py", "--quick", "--output", str(directory)])
+    runpy.run_path(str(experiment / "run.py"), run_name="__main__")
+    assert (directory / "figure.png").stat().st_size > 10_000
+    return json.loads((directory / "results.json").read_text())
+
+
+@pytest.mark.slow
+def test_the_experiment_on_families_runs(monkeypatch, tmp_path):
+    results = run_quickly(FAMILIES, tmp_path, monkeypatch)
+    assert set(results["runs"]["lookup"]) == {"Zamba2/seed-0", "Mamba2, state 64/seed-0"}
+    assert set(results["passkeys"]) == set(results["positions"]) == {"Zamba2/seed-0"}
+    positions = results["positions"]["Zamba2/seed-0"]
+    assert set(positions) == {"as trained", "8 x base", "long context"}
+    assert positions["as trained"] != positions["8 x base"] != positions["long context"]
+    assert np.isfinite(list(positions.values())).all()
+
+
+def test_the_families_compared_take_like_flops_and_were_all_trained():
+    of = runpy.run_path(str(FAMILIES / "run.py"))
+    flops = [of["size"](model)["flops"] for model in of["MODELS"].values()]
+    np.testing.assert_allclose(flops, flops[0], rtol=0.07)
+    results = json.loads((FAMILIES / "results.json").read_text())
+    for protocol in of["PROTOCOLS"]:
+        models = {run.rpartition("/")[0] for run in results["runs"][protocol]}
+        assert models == set(of["participants"](of["MODELS"], protocol))
+        best = {model: of["best_rate"](rates) for model, rates in results["rates"].get(protocol, {}).items()}
+        assert set(best.values()) <= set(of["RATES"])
+
+
+def test_the_experiment_on_shared_blocks_runs(monkeypatch, tmp_path):
+    results = run_quickly(SHARED_BLOCKS, tmp_path, monkeypatch)
+    assert len(results["runs"]["lookup"]) == len(results["runs"]["text"]) == 2
+    assert results["runs"]["lookup"]["one block, two calls/seed-0"]["learned at"] is None
+
+
+def test_the_experiment_on_shared_blocks_has_the_rates_that_were_found_and_all_variants():
+    of = runpy.run_path(str(SHARED_BLOCKS / "run.py"))
+    families, best = (
+        json.loads((FAMILIES / "results.json").read_text()),
+        runpy.run_path(str(FAMILIES / "run.py"))["best_rate"],
+    )
+    for protocol, rates in of["RATES"].items():
+        assert rates == tuple(best(families["rates"][protocol][model]) for model in ("Zamba2", "Mamba2"))
+    results = json.loads((SHARED_BLOCKS / "results.json").read_text())
+    assert {run.rpartition("/")[0] for run in results["runs"]["text"]} == set(of["MODELS"]) == set(results["models"])
+
+
+def test_the_experiment_on_width_runs(monkeypatch, tmp_path):
+    results = run_quickly(WIDTH, tmp_path, monkeypatch)
+    assert set(results) == {"AdamW, one rate, 32", "AdamW, one rate, 64", "AdamW, by width, 32"}
+
+
+def test_the_best_rate_is_that_of_the_parabola():
+    best_rates = runpy.run_path(str(WIDTH / "run.py"))["best_rates"]
+    rates, doublings = 1e-3 * 2.0 ** np.arange(5), np.arange(5)
+    losses = np.stack([(doublings - 2.3) ** 2, 0.5 * (doublings - 1.9) ** 2 + 1, doublings], axis=1)
+    losses[4, 1] = np.nan
+    best = best_rates(rates, losses)
+    np.testing.assert_allclose(best["doublings"], [2.3, 1.9, 0])
+    # The interval of Student's t with two degrees of freedom.
+    np.testing.assert_allclose(best["interval"], 4.302653 * np.std([2.3, 1.9, 0], ddof=1) / 3**0.5, rtol=1e-6)
+    np.testing.assert_allclose(best["rate"], 1e-3 * 2**1.4)

@@ -76,7 +76,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         runs = options.runs or Path(scratch)
         scans = {
-            name: tune(of(models, name), *protocols[name], rates, seeds_, runs / f"{name}-rates")
+            name: tune(participants(models, name), *protocols[name], rates, seeds_, runs / f"{name}-rates")
             for name, seeds_ in TUNING_SEEDS.items()
         }
         best = {name: {model: best_rate(losses) for model, losses in scan.items()} for name, scan in scans.items()}
@@ -85,7 +85,7 @@ def main() -> None:
             name: fit(
                 {
                     model: run(config, steps=steps, learning_rate=best[name][model])
-                    for model, config in of(models, name).items()
+                    for model, config in participants(models, name).items()
                 },
                 seeds=seeds,
                 baseline=HYBRID,
@@ -98,7 +98,7 @@ def main() -> None:
         values = {
             "models": {name: size(model) for name, model in models.items()},
             "rates": scans,
-            "table": [row for result in results.values() for row in result.table(metrics=("*",)).as_dicts()],
+            "table": {name: result.table(metrics=("*",)).as_dicts() for name, result in results.items()},
             "runs": {name: by_seed(result) for name, result in results.items()},
             "passkeys": {
                 outcome.name: passkey_accuracies(outcome.model(), corpus) for outcome in finished(results["passkey"])
@@ -116,7 +116,7 @@ def main() -> None:
         print(result.table())
 
 
-def of(models: Mapping[str, ModelConfig], protocol: str) -> dict[str, ModelConfig]:
+def participants(models: Mapping[str, ModelConfig], protocol: str) -> dict[str, ModelConfig]:
     """The models that take part: how large a state is matters for looking up alone."""
     return {name: model for name, model in models.items() if protocol == "lookup" or name != LARGE_STATE}
 

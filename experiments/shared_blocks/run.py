@@ -11,11 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
 
 from zamba2_jax import fit, preset
 from zamba2_jax.lab.protocols import lookup_run, text_run
-from zamba2_jax.lab.result import Result
+from zamba2_jax.lab.result import Outcome, Result
 from zamba2_jax.models.flops import count_parameters, forward_flops, match
 from zamba2_jax.nn.config import ModelConfig
 from zamba2_jax.train.config import RunConfig
@@ -49,8 +50,8 @@ MODELS: dict[str, ModelConfig] = {
     "no adapters": hybrid(adapter_rank=0, attention_adapters=False),
     "adapters of rank 16": hybrid(adapter_rank=16),
 }
-PROTOCOLS: dict[str, tuple[Callable[..., RunConfig], int]] = {"lookup": (lookup_run, 800), "text": (text_run, 400)}
-RATES = {"lookup": (1e-2, 5e-3), "text": (1e-2, 5e-3)}
+PROTOCOLS: dict[str, tuple[Callable[..., RunConfig], int]] = {"lookup": (lookup_run, 600), "text": (text_run, 300)}
+RATES = {"lookup": (1e-2, 1e-2), "text": (2e-2, 1e-2)}
 """Of hybrids and of Mamba2: those that ../families chooses for the baseline and for Mamba2."""
 METRICS = ("copying.accuracy", "recall-12.accuracy", "prose.loss", "code.loss")
 
@@ -94,6 +95,7 @@ def main() -> None:
                 outcome.name: {
                     **{metric: round(value, 4) for metric, value in outcome.metrics.items()},
                     "ratios": [round(ratio, 3) for ratio in outcome.ratios()],
+                    "learned at": learned_at(outcome),
                 }
                 for outcome in result.outcomes
             }
@@ -104,6 +106,14 @@ def main() -> None:
     plot(results).savefig(options.output / "figure.png")
     for result in results.values():
         print(result.table())
+
+
+def learned_at(outcome: Outcome) -> int | None:
+    """The step from which on the training loss is below 1 nat; None if it is not at the end."""
+    steps, losses = outcome.curve("train.loss")
+    above = np.flatnonzero(~(losses < 1))
+    first = above[-1] + 1 if len(above) else 0
+    return int(steps[first]) if first < len(steps) else None
 
 
 def plot(results: dict[str, Result]) -> Figure:
