@@ -133,6 +133,8 @@ def plot(curves: dict[str, Any], widths: tuple[int, ...]) -> Figure:
             axis.plot(curve["rates"], losses, ".", color=f"C{i}", alpha=0.4)
             axis.axvline(curve["best"]["rate"], color=f"C{i}", linestyle=":", linewidth=1)
         axis.set(xscale="log", xlabel="learning rate", title=group)
+        axis.set_xticks(curve["rates"], [f"{rate:g}" for rate in curve["rates"]])
+        axis.minorticks_off()
         axis.grid(linewidth=0.4)
     figure.axes[0].set(ylabel="held-out prose, nats per token")
     figure.axes[0].legend(fontsize=8)
