@@ -117,6 +117,7 @@ def test_the_families_compared_take_like_flops_and_were_all_trained():
         assert set(best.values()) <= set(of["RATES"])
 
 
+@pytest.mark.slow
 def test_the_experiment_on_shared_blocks_runs(monkeypatch, tmp_path):
     results = run_quickly(SHARED_BLOCKS, tmp_path, monkeypatch)
     assert len(results["runs"]["lookup"]) == len(results["runs"]["text"]) == 2

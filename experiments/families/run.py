@@ -47,7 +47,10 @@ PROTOCOLS: dict[str, tuple[Callable[..., RunConfig], int]] = {
     "lookup": (lookup_run, 800),
     "passkey": (passkey_run, 800),
     "text": (text_run, 400),
+    "longer": (lookup_run, 1600),
 }
+LONGER_SEEDS = 3
+"""Of those that look up for longer: the models that had not learned it."""
 RATES = (2.5e-3, 5e-3, 1e-2, 2e-2)
 TUNING_SEEDS = {"lookup": (100, 101), "text": (100,)}
 """For the protocols by which rates are chosen; passkeys are learned at that of looking up."""
@@ -80,20 +83,20 @@ def main() -> None:
             for name, seeds_ in TUNING_SEEDS.items()
         }
         best = {name: {model: best_rate(losses) for model, losses in scan.items()} for name, scan in scans.items()}
-        best["passkey"] = best["lookup"]
-        results = {
-            name: fit(
+        best["passkey"] = best["longer"] = best["lookup"]
+        results = {}
+        for name, (run, steps) in protocols.items():
+            longer = name == "longer"
+            results[name] = fit(
                 {
                     model: run(config, steps=steps, learning_rate=best[name][model])
                     for model, config in participants(models, name).items()
                 },
-                seeds=seeds,
-                baseline=HYBRID,
-                necessity=NEEDED,
+                seeds=seeds[:LONGER_SEEDS] if longer else seeds,
+                baseline=None if longer else HYBRID,
+                necessity=() if longer else NEEDED,
                 directory=runs / name,
             )
-            for name, (run, steps) in protocols.items()
-        }
         corpus = tokenize_embedded_corpus(512)
         values = {
             "models": {name: size(model) for name, model in models.items()},
@@ -118,7 +121,8 @@ def main() -> None:
 
 def participants(models: Mapping[str, ModelConfig], protocol: str) -> dict[str, ModelConfig]:
     """The models that take part: how large a state is matters for looking up alone."""
-    return {name: model for name, model in models.items() if protocol == "lookup" or name != LARGE_STATE}
+    out = {"lookup": (), "longer": (HYBRID, "Mamba2")}.get(protocol, (LARGE_STATE,))
+    return {name: model for name, model in models.items() if name not in out}
 
 
 def size(model: ModelConfig) -> dict[str, int]:
