@@ -136,6 +136,7 @@ def test_the_experiment_on_shared_blocks_has_the_rates_that_were_found_and_all_v
     assert {run.rpartition("/")[0] for run in results["runs"]["text"]} == set(of["MODELS"]) == set(results["models"])
 
 
+@pytest.mark.slow
 def test_the_experiment_on_width_runs(monkeypatch, tmp_path):
     results = run_quickly(WIDTH, tmp_path, monkeypatch)
     assert set(results) == {"AdamW, one rate, 32", "AdamW, one rate, 64", "AdamW, by width, 32"}

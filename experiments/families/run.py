@@ -190,7 +190,7 @@ def position_losses(model: LanguageModel, corpus: TokenizedCorpus) -> list[float
     """Mean losses over the parts of `BUCKETS`, in nats per token, of the beginnings of held-out files of code."""
     documents = corpus.held_out["code"]
     files = [documents[i][: WINDOW + 1] for i in range(len(documents))]
-    losses = -np.stack(score(model, [file for file in files if len(file) > WINDOW]))
+    losses = -np.stack(score(model, [file.tolist() for file in files if len(file) > WINDOW]))
     return [round(float(part.mean()), 4) for part in np.split(losses, BUCKETS[:-1], axis=1)]
 
 
