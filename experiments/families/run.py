@@ -23,6 +23,7 @@ from zamba2_jax.data.batches import held_out
 from zamba2_jax.data.corpus import TokenizedCorpus, tokenize_embedded_corpus
 from zamba2_jax.data.synthetic import Passkey, open_synthetic
 from zamba2_jax.evaluate.score import score
+from zamba2_jax.files import finite
 from zamba2_jax.lab.protocols import lookup_run, passkey_run, text_run
 from zamba2_jax.lab.result import Outcome, Result
 from zamba2_jax.models.base import LanguageModel
@@ -113,7 +114,7 @@ def main() -> None:
                 for outcome in finished(results["text"])
             },
         }
-    (options.output / "results.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    (options.output / "results.json").write_text(json.dumps(finite(values), indent=1) + "\n", encoding="utf-8")
     plot(values, list(models)).savefig(options.output / "figure.png")
     for result in results.values():
         print(result.table())

@@ -46,7 +46,7 @@ def lookup_run(
     for count in (pairs // 4, pairs // 2, pairs):
         held_out[f"recall-{count}"] = dataclasses.replace(recall, pairs=(count, count))
     base = recipe.run_config(model, batch_size=batch_size, length=length, learning_rate=learning_rate)
-    return _run(base, steps, {"copying": copying, "recall": recall}, {"copying": 0.4, "recall": 0.6}, held_out)
+    return _with_sources(base, steps, {"copying": (copying, 0.4), "recall": (recall, 0.6)}, held_out)
 
 
 def passkey_run(
@@ -63,7 +63,7 @@ def passkey_run(
     """
     passkey = Passkey(digits=5, lengths=(48, length - 18))  # an answer with its frame takes up to 18
     base = recipe.run_config(model, batch_size=batch_size, length=length, learning_rate=learning_rate)
-    return _run(base, steps, {"passkey": passkey}, {"passkey": 1.0}, {"passkey": passkey})
+    return _with_sources(base, steps, {"passkey": (passkey, 1.0)}, {"passkey": passkey})
 
 
 def text_run(
@@ -79,22 +79,22 @@ def text_run(
         ValueError: a value breaks a rule of `RunConfig`.
     """
     base = recipe.run_config(model, batch_size=batch_size, length=length, learning_rate=learning_rate)
-    sources: dict[str, AnySource] = {"prose": SourceConfig(kind="prose"), "code": SourceConfig(kind="code")}
-    held_out: dict[str, AnySource] = {name: base.evaluation.sources[name] for name in sources}
-    return _run(base, steps, sources, {"prose": 0.5, "code": 0.5}, held_out)
+    sources = {name: (SourceConfig(kind=name), 0.5) for name in ("prose", "code")}
+    return _with_sources(base, steps, sources, {name: base.evaluation.sources[name] for name in sources})
 
 
-def _run(
+def _with_sources(
     base: RunConfig,
     steps: int,
-    sources: Mapping[str, AnySource],
-    shares: Mapping[str, float],
+    sources: Mapping[str, tuple[AnySource, float]],
     held_out: Mapping[str, AnySource],
 ) -> RunConfig:
+    """A run of one phase: sources with their shares of the rows."""
+    shares = {name: share for name, (_, share) in sources.items()}
     phase = Phase(name="all", steps=steps, shares=shares, warmup_steps=steps // 10, decay="linear", final_fraction=0.01)
     return dataclasses.replace(
         base,
-        sources=sources,
+        sources={name: source for name, (source, _) in sources.items()},
         phases=(phase,),
         evaluation=EvaluationConfig(every=steps, sources=held_out),
         logging=LoggingConfig(every=max(1, steps // 50), health_every=max(1, steps // 5)),
