@@ -51,7 +51,7 @@ PROTOCOLS: dict[str, tuple[Callable[..., RunConfig], int]] = {
     "longer": (lookup_run, 1600),
 }
 LONGER_SEEDS = 3
-"""Of those that look up for longer: the models that had not learned it."""
+"""Of the models that look up for longer."""
 RATES = (2.5e-3, 5e-3, 1e-2, 2e-2)
 TUNING_SEEDS = {"lookup": (100, 101), "text": (100,)}
 """For the protocols by which rates are chosen; passkeys are learned at that of looking up."""
@@ -121,7 +121,7 @@ def main() -> None:
 
 
 def participants(models: Mapping[str, ModelConfig], protocol: str) -> dict[str, ModelConfig]:
-    """The models that take part: how large a state is matters for looking up alone."""
+    """The models that take part: in looking up all, for longer two that had not learned it, else all but one Mamba2."""
     out = {"lookup": (), "longer": (HYBRID, "Mamba2")}.get(protocol, (LARGE_STATE,))
     return {name: model for name, model in models.items() if name not in out}
 

@@ -28,7 +28,7 @@ RATES = {
     "AdamW": tuple(1.25e-3 * 2**i for i in range(5)),
 }
 SCALINGS = ("one rate", "by width")
-"""By width, matrices begin with a size of 1 / sqrt(width) and the rate of those of the layers falls as 1 / width."""
+"""By width, matrices begin with a size of 1 / sqrt(width) and the rates of layers and blocks fall as 1 / width."""
 METRIC = "prose.loss"
 
 

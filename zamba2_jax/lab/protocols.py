@@ -1,8 +1,8 @@
 """Three runs that ask what an architecture learns: to look things up, to find a passkey, and a language.
 
-They are apart because they disturb each other: after a phase of tasks the loss on text begins at twice that of a new
-model, and a passkey has few answers beside those of other tasks. All take the recipe's optimizer and initial scale,
-warm up for a tenth of their steps and decay linearly to a hundredth; so the learning rate is all that is left to tune.
+They are apart because they disturb each other: a phase of tasks leaves the loss on text above that of a new model, and
+a passkey has few answers beside those of other tasks. All take the recipe's optimizer and initial scale, warm up for a
+tenth of their steps and decay linearly to a hundredth; so the learning rate is all that is left to tune.
 """
 
 import dataclasses
